@@ -1,0 +1,73 @@
+# Every command of the project. None asks a question; the first one that needs it makes .venv.
+VENV ?= .venv
+PY := $(VENV)/bin/python
+NOTEBOOK ?= notebooks/01_first_light.ipynb
+LAB_ARGS ?=
+TEST_ARGS ?=
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with=tests/notebooks/sanitize.cfg
+
+MAKEFLAGS += --no-print-directory
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PIP_ROOT_USER_ACTION = ignore
+PIP_INSTALL := $(PY) -m pip install --quiet --progress-bar off -c constraints.txt
+
+.PHONY: help lab test bench lint notebooks wheel
+
+help:
+	@echo "make lab        open JupyterLab on $(NOTEBOOK)   (LAB_ARGS=... is passed on)"
+	@echo "make test       everything: unit, notebook and browser tests   (TEST_ARGS=... is passed to pytest)"
+	@echo "make bench      the benchmarks"
+	@echo "make lint       ruff and pyright"
+	@echo "make notebooks  run the notebooks anew and clean them"
+	@echo "make wheel      build dist/*.whl"
+
+# An interpreter may be on PATH and still not run (pyenv shims), so each is tried.
+$(PY):
+	@for candidate in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
+		if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			echo "Making $(VENV) with $$("$$candidate" --version)"; \
+			"$$candidate" -m venv $(VENV) && exit 0; \
+			rm -rf $(VENV); \
+			echo "The venv module of $$candidate does not work (on Debian and Ubuntu: apt install python3-venv)." >&2; \
+			exit 1; \
+		fi; \
+	done; \
+	echo "No Python 3.11 or newer found on PATH. Install one, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; \
+	exit 1
+
+# JupyterLab asks every new user about news; in our own environment the answer is no.
+$(VENV)/.lab: pyproject.toml constraints.txt | $(PY)
+	@echo "Installing what the lab needs (a few minutes the first time)"
+	@$(PIP_INSTALL) -e '.[lab]'
+	@mkdir -p $(VENV)/share/jupyter/lab/settings
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' \
+		> $(VENV)/share/jupyter/lab/settings/overrides.json
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(PY)
+	@echo "Installing what the tests need (a few minutes the first time)"
+	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+lab: $(VENV)/.lab
+	@root=; [ "$$(id -u)" != 0 ] || root=--allow-root; \
+	exec $(PY) -m jupyterlab $$root $(LAB_ARGS) $(NOTEBOOK)
+
+# Waiting OpenMP threads spin by default and starve the kernels and browsers that tests start.
+test: export OMP_WAIT_POLICY = PASSIVE
+test: $(VENV)/.dev
+	@$(PY) -m pytest tests $(wildcard notebooks) $(NBVAL) --ignore=tests/benchmarks $(TEST_ARGS)
+
+bench: export OMP_WAIT_POLICY = PASSIVE
+bench: $(VENV)/.dev
+	@$(PY) -m pytest tests/benchmarks -s $(TEST_ARGS)
+
+lint: $(VENV)/.dev
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/pyright --pythonpath $(PY)
+
+notebooks: $(VENV)/.dev
+	@$(PY) tests/notebooks/execute.py notebooks
+
+wheel: $(VENV)/.dev
+	@$(PY) -m hatchling build -t wheel

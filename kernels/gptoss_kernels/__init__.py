@@ -1,0 +1,1 @@
+"""The arithmetic of the workbench: MXFP4, expert matmul, attention with sinks. It knows no model."""

@@ -1,0 +1,84 @@
+"""A research workbench for the gpt-oss models: load, look inside, change one thing, see what it did.
+
+    import gptoss_workbench as wb
+    model = wb.load()
+    run = model.run(wb.chat("What is 27 + 58?", effort="high"), capture=["resid_post", "router"])
+
+Names load on first use, so importing the package costs nothing and brings in neither torch nor xarray.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "load": "model.model", "Model": "model.model", "Run": "model.run", "Generation": "model.generation",
+    "chat": "harmony.conversation",
+    "capture": "hooks.capture", "SITES": "hooks.sites",
+    "set": "hooks.edits", "add": "hooks.edits", "scale": "hooks.edits", "zero": "hooks.edits", "mean": "hooks.edits",
+    "patch": "hooks.edits", "steer": "hooks.edits", "apply": "hooks.edits",
+    "ban_experts": "hooks.routing", "force_experts": "hooks.routing", "replay_routes": "hooks.routing",
+    "cut_attention": "hooks.routing",
+    "patching": "experiments.patching", "logit_diff": "experiments.metrics", "Metric": "experiments.metrics",
+    "logit_lens": "experiments.lens", "next_tokens": "experiments.lens",
+    "expert_usage": "experiments.usage", "token_quantity": "experiments.quantities",
+    "TOKEN_QUANTITIES": "experiments.quantities",
+}
+_ROOMS = ("errors", "harmony", "hooks", "model", "experiments", "plots", "nano")
+
+__all__ = [*_WHERE, *_ROOMS, "explore"]
+
+if TYPE_CHECKING:
+    from gptoss_workbench import errors, experiments, harmony, hooks, model, nano, plots
+    from gptoss_workbench.experiments.lens import logit_lens, next_tokens
+    from gptoss_workbench.experiments.metrics import Metric, logit_diff
+    from gptoss_workbench.experiments.patching import patching
+    from gptoss_workbench.experiments.quantities import TOKEN_QUANTITIES, token_quantity
+    from gptoss_workbench.experiments.usage import expert_usage
+    from gptoss_workbench.harmony.conversation import chat
+    from gptoss_workbench.hooks.capture import capture
+    from gptoss_workbench.hooks.edits import add, apply, mean, patch, scale, set, steer, zero
+    from gptoss_workbench.hooks.routing import ban_experts, cut_attention, force_experts, replay_routes
+    from gptoss_workbench.hooks.sites import SITES
+    from gptoss_workbench.model.generation import Generation
+    from gptoss_workbench.model.model import Model, load
+    from gptoss_workbench.model.run import Run
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        value = getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    elif name in _ROOMS:
+        value = import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def explore(model: Model | None = None, **options: Any) -> Any:
+    """The live dashboard of a model (the embedded one by default); needs a notebook. See ``gptoss_jupyter.explore``."""
+    from gptoss_jupyter.explore import explore as open_dashboard
+
+    return open_dashboard(model, **options)
+
+
+def load_ipython_extension(ipython: Any) -> None:
+    """``%load_ext gptoss_workbench``: the one arrow that points up, to the notebook face."""
+    from gptoss_jupyter import load_ipython_extension as load_face
+
+    load_face(ipython)
+
+
+def unload_ipython_extension(ipython: Any) -> None:
+    """``%unload_ext gptoss_workbench``."""
+    from gptoss_jupyter import unload_ipython_extension as unload_face
+
+    unload_face(ipython)

@@ -1,0 +1,1 @@
+"""The model room: configuration, checkpoints, the transformer, its cache, generation."""

@@ -1,0 +1,230 @@
+"""Generation: a run that goes on, token by token, and can be stopped at any of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import xarray as xr
+from torch import Tensor
+
+from gptoss_workbench.harmony.spans import Span, parse
+from gptoss_workbench.hooks.capture import Capture
+from gptoss_workbench.hooks.edits import Edit
+from gptoss_workbench.hooks.taps import Taps
+from gptoss_workbench.model.cache import KVCache
+from gptoss_workbench.model.run import Place, Run, join_chunks
+from gptoss_workbench.model.sampling import Sampling, sample
+
+if TYPE_CHECKING:
+    from gptoss_workbench.model.model import Model
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One generated token.
+
+    Attributes:
+        index: 0 for the first generated token.
+        token, text: its id and text.
+        logprob: its log-probability (nats) under the model, before temperature and cuts.
+        position: its place in prompt + generation.
+    """
+
+    index: int
+    token: int
+    text: str
+    logprob: float
+    position: int
+    _generation: Generation
+    _captured: tuple[int, int]
+
+    @property
+    def data(self) -> xr.Dataset:
+        """What was captured in the pass that chose this token: the prompt's tokens first, then one token a step."""
+        first, stop = self._captured
+        data = self._generation.data
+        return data.sel({dim: slice(first, stop - 1) for dim in ("token", "query") if dim in data.dims})
+
+
+class Generation:
+    """A prompt's continuation. Iterate for steps, or ask for what was said and it runs to its end.
+
+    ``stop()`` may be called from any thread: the step in progress ends, what there is stays. A KeyboardInterrupt in
+    the loop is such a stop too.
+
+    Attributes:
+        prompt: ids of the prompt.
+        reason: why it ended: "stop_token", "max_tokens", "stopped", "interrupted"; None before that.
+    """
+
+    def __init__(self, model: Model, prompt: Sequence[int], driver: Driver, row: int) -> None:
+        self._model, self._driver, self._row = model, driver, row
+        self.prompt = list(prompt)
+        self.reason: str | None = None
+        self.steps: list[Step] = []
+        self._begun = False  # whether somebody iterates this one; in a batch the rows advance together all the same
+        self._data: tuple[int, xr.Dataset] | None = None
+
+    def __repr__(self) -> str:
+        state = self.reason or ("running" if self._begun else "not started")
+        return f"<Generation of {len(self.steps)} tokens after {len(self.prompt)}, {state}>"
+
+    def __iter__(self) -> Iterator[Step]:
+        """Steps from the first on; waits for the model only where a step does not exist yet."""
+        index, self._begun = 0, True
+        while True:
+            while index < len(self.steps):
+                yield self.steps[index]
+                index += 1
+            if self.reason is not None or not self._driver.advance(self):
+                yield from self.steps[index:]
+                return
+
+    def finish(self) -> Generation:
+        """Let it run to its end, and give it back."""
+        for _ in self:
+            pass
+        return self
+
+    def stop(self) -> None:
+        """End after the token in progress. Safe from any thread; a generation that has ended stays as it is."""
+        self._driver.stop(self)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Generated ids: run to its end if nobody iterates this generation yet, else those there are so far."""
+        if not self._begun:
+            self.finish()
+        return [step.token for step in list(self.steps)]
+
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and generated ids."""
+        return self.prompt + self.tokens
+
+    @property
+    def spans(self) -> list[Span]:
+        """Spans of the generated part; their positions count from its first token."""
+        tokens = self.tokens
+        return parse(tokens, self._model.vocabulary, after=self.prompt, finished=self.reason is not None)
+
+    def text(self, channel: str | None = None) -> str:
+        """What was said: the content of one channel, or of all messages, or plain text where there are none."""
+        content = [span for span in self.spans
+                   if span.field == "content" and (channel is None or span.channel == channel)]
+        return "\n".join(self._model.decode(span.ids) for span in content)
+
+    @property
+    def data(self) -> xr.Dataset:
+        """Everything captured so far, prompt included. The last token was chosen but not read, so it has no entry."""
+        count = len(self.steps)
+        if self._data is None or self._data[0] != count:
+            self._data = (count, self.run().data)
+        return self._data[1]
+
+    def run(self) -> Run:
+        """What was read so far as a Run: captures, and hidden states of prompt and generation."""
+        ids = self.ids
+        hidden, kept, positions = self._driver.so_far(self._row)
+        return Run(self._model, ids[: len(hidden)], hidden, kept, positions, self._driver.edits)
+
+
+class Driver:
+    """Decodes a batch of prompts together. Prompts that have ended leave the batch.
+
+    Not part of the public API; ``Model.generate`` makes it. One lock makes ``advance`` safe from several threads.
+    """
+
+    def __init__(
+        self, model: Model, prompts: Sequence[Sequence[int]], capture: Capture, edits: Sequence[Edit],
+        max_tokens: int, how: Sampling, seeds: Sequence[int | None], stop_ids: frozenset[int],
+    ) -> None:
+        self._model, self.edits, self._max, self._how = model, tuple(edits), max_tokens, how
+        self._stop_ids, self._prompts = stop_ids, [list(prompt) for prompt in prompts]
+        self._taps = Taps(model.config, capture, edits, [len(p) for p in prompts], open_ended=True)
+        self._capture = capture
+        self._rngs = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
+        self.generations = [Generation(model, prompt, self, row) for row, prompt in enumerate(self._prompts)]
+        self._hidden: list[list[Tensor]] = [[] for _ in prompts]
+        self._stopped = threading.Event()
+        self._stop_rows: set[int] = set()
+        self._lock = threading.RLock()
+        self._active = list(range(len(self._prompts)))
+        self._cache: KVCache | None = None
+
+    def stop(self, generation: Generation) -> None:
+        self._stop_rows.add(generation._row)
+
+    def advance(self, generation: Generation) -> bool:
+        """Make the next token of every active prompt. False when the given generation has ended."""
+        with self._lock:
+            try:
+                self._end_stopped()
+                if generation.reason is None:
+                    self._step()
+                    self._end_stopped()
+            except KeyboardInterrupt:
+                for row in self._active:
+                    self.generations[row].reason = "interrupted"
+                self._active = []
+            except BaseException:
+                for row in self._active:
+                    self.generations[row].reason = "stopped"
+                self._active = []
+                raise
+            return generation.reason is None
+
+    def so_far(self, row: int) -> tuple[Tensor, dict[Place, Tensor], list[int]]:
+        """Hidden states, captures and captured positions of one prompt."""
+        with self._lock:
+            parts = self._hidden[row]
+            hidden = torch.cat(parts) if parts else torch.empty(0, self._model.config.hidden_size)
+            kept = join_chunks(self._taps.kept[row])
+            return hidden, kept, self._taps.positions_of(row, len(hidden))
+
+    def _end_stopped(self) -> None:
+        for row in [row for row in self._active if row in self._stop_rows]:
+            self._leave(row, "stopped")
+
+    def _leave(self, row: int, reason: str) -> None:
+        keep = [i for i, other in enumerate(self._active) if other != row]
+        self._active = [self._active[i] for i in keep]
+        self.generations[row].reason = reason
+        if self._cache is not None:
+            self._cache = self._cache.select(torch.tensor(keep, dtype=torch.int64, device=self._model.device))
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        rows = list(self._active)
+        if self._cache is None:
+            self._cache = self._model.new_cache(len(rows))
+            ids, positions = self._model.pad_left(self._prompts)
+        else:
+            last = [self.generations[row].steps[-1] for row in rows]
+            device = self._model.device
+            ids = torch.tensor([[step.token] for step in last], device=device)
+            positions = torch.tensor([[step.position] for step in last], device=device)
+        hidden, logits = self._model.read(ids, positions, self._cache, self._taps, rows)
+        assert logits is not None  # of the last column
+        ended: list[tuple[int, str]] = []
+        for i, row in enumerate(rows):
+            generation = self.generations[row]
+            self._hidden[row].append(hidden[i][positions[i] >= 0])
+            token, logprob = sample(logits[i], self._how, self._rngs[row])
+            index = len(generation.steps)
+            position = len(self._prompts[row]) + index
+            captured = (0, position) if index == 0 else (position - 1, position)
+            text = self._model.vocabulary.token_text(token)
+            generation.steps.append(Step(index, token, text, logprob, position, generation, captured))
+            if token in self._stop_ids:
+                ended.append((row, "stop_token"))
+            elif index + 1 >= self._max:
+                ended.append((row, "max_tokens"))
+        for row, reason in ended:
+            self._leave(row, reason)
+        if ended and not self._active and not self._stop_rows:
+            self._taps.finish()
