@@ -152,8 +152,13 @@ def test_nothing_is_loaded_from_elsewhere():
 
 
 def test_nothing_is_pickled():
-    calls = re.compile(r"\btorch\.(save|load)\(|allow_pickle=True|\.to_pickle\(|read_pickle\(")
-    assert [str(p) for package in PACKAGES for p in python_files(package) if calls.search(p.read_text())] == []
+    """Nothing that could run code when it is read. The training loop's own resume file is read as weights only."""
+    calls = re.compile(r"\btorch\.save\(|torch\.load\((?!.*weights_only=True)|allow_pickle=True|_pickle\(")
+    found = {
+        (path.relative_to(ROOT).as_posix(), hit) for package in PACKAGES for path in python_files(package)
+        for hit in calls.findall(path.read_text())
+    }
+    assert found <= {("workbench/gptoss_workbench/nano/train.py", "torch.save(")}
 
 
 def test_the_tested_set_pins_what_is_asked_for():

@@ -96,5 +96,5 @@ class Board:
 
 def row_heights(layers: int) -> tuple[int, int]:
     """Pixels a layer gets: in rows of text, and in the grid; equal as long as both fit a screen."""
-    fitting = 336 // max(1, layers)
+    fitting = 360 // max(1, layers)
     return min(26, max(15, fitting)), min(26, max(9, fitting))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
@@ -39,7 +40,8 @@ def explore(
         quantity: what colours the tokens, one of ``wb.TOKEN_QUANTITIES``.
         max_tokens: the longest answer.
     """
-    made = Explorer(wb.load() if model is None else model, Prompt(prompt, system, developer, effort), quantity, max_tokens)
+    asked = Prompt(prompt, system, developer, effort)
+    made = Explorer(wb.load() if model is None else model, asked, quantity, max_tokens)
     lifetime.adopt(made)
     return made
 
@@ -57,6 +59,7 @@ class Explorer:
 
     def __init__(self, model: Model, prompt: Prompt, quantity: str, max_tokens: int) -> None:
         self.model, self.max_tokens, self.last_error = model, max_tokens, None
+        self._name = Path(model.name).name if Path(model.name).is_absolute() else model.name
         self._reader, self._answer, self._writer = Reader(model), None, None
         self._banned: Banned = ()
         self._pinned: int | None = None
@@ -67,7 +70,7 @@ class Explorer:
         self.board = Board(model)
         self.said = views.AnswerView(title="What does it answer?", empty="Press Answer to let the model speak.")
         self.edits = views.EditsView(hint="No edits. Click an expert in the grid to ban it.")
-        self.status = views.StatusView(name=model.name, facts=_facts(model))
+        self.status = views.StatusView(name=self._name, facts=_facts(model))
         self.patch_panel = PatchPanel(model, self.start_patch, self.stop)
         self.widget = self._lay_out()
         self._typing = LatestWins(self._refresh, self._failed, name="gptoss-typing")
@@ -77,7 +80,7 @@ class Explorer:
         self._typing.flush(120)
 
     def __repr__(self) -> str:
-        return f"Explorer({self.model.name}, {self.user.value!r})"
+        return f"Explorer({self._name}, {self.user.value!r})"
 
     # what a person and a notebook do --------------------------------------------------------------------------------
 
@@ -132,7 +135,7 @@ class Explorer:
         if self._busy():
             return
         try:
-            self._writer = Writer(self.model, self._prompt(), self._banned, self.quantity.value, self.max_tokens,
+            self._writer = Writer(self.model, self._prompt(), self._banned, str(self.quantity.value), self.max_tokens,
                                   self._news, lambda: max(0.08, self._took))
         except Exception as error:
             self._failed(error)
@@ -190,7 +193,7 @@ class Explorer:
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         live: Any = {} if self._closed else self.widget._repr_mimebundle_()
         live = live[0] if isinstance(live, tuple) else live
-        return {**(live or {}), "text/plain": repr(self), "text/html": html.snapshot(self.model.name, self.state)}
+        return {**(live or {}), "text/plain": repr(self), "text/html": html.snapshot(self._name, self.state)}
 
     # how it is built ------------------------------------------------------------------------------------------------
 
@@ -217,7 +220,7 @@ class Explorer:
         self.edits.add_class("gptoss-edit-list")
         experts = self.model.config.num_local_experts
         shape = "gptoss-few" if experts <= 16 else "gptoss-some" if experts <= 48 else "gptoss-many"
-        panels = box([board.strip, self.said, board.grid, board.routes, board.lens, board.next], "gptoss-panels", shape)
+        panels = box([board.strip, self.said, board.next, board.grid, board.routes, board.lens], "gptoss-panels", shape)
         tools = box([self.quantity, self.scope], "gptoss-row", "gptoss-tools")
         return box([self.status, form, box([tools, self.edits], "gptoss-row", "gptoss-toolbar"), panels,
                     self.patch_panel.widget], "gptoss-dashboard")
@@ -235,7 +238,7 @@ class Explorer:
     # what happens in callbacks and workers --------------------------------------------------------------------------
 
     def _prompt(self) -> Prompt:
-        return Prompt(self.user.value, self.system.value, self.developer.value, self.effort.value)
+        return Prompt(self.user.value, self.system.value, self.developer.value, str(self.effort.value))
 
     def _token_chosen(self, change: Any) -> None:
         if change["new"] != self._shown:  # our own paint sets the trait too
@@ -281,7 +284,7 @@ class Explorer:
     def _refresh(self, _: object) -> None:
         """Read what stands in the boxes now, run the model, paint. The typing worker's work."""
         begun = time.perf_counter()
-        prompt, quantity, banned, answer = self._prompt(), self.quantity.value, self._banned, self._answer
+        prompt, quantity, banned, answer = self._prompt(), str(self.quantity.value), self._banned, self._answer
         self._say(answer, prompt, banned)
         reading = self._read(prompt, quantity, banned, answer)
         last = len(reading.ids) - 1

@@ -42,7 +42,7 @@ class PatchPanel:
         self.answer = controls.line_box("Clean answer, with its space", " Paris", "answer")
         self.other = controls.line_box("Corrupt answer", " Rome", "other")
         self.site = controls.menu("Patch the", SITES, "resid_pre", "site")
-        self.start_button = controls.button("Run the patch", "patch", "Patch every layer and token in turn", primary=True)
+        self.start_button = controls.button("Run the patch", "patch", "Every layer and token in turn", primary=True)
         self.stop_button = controls.button("Stop", "patch-stop", "Stop and keep what is done", disabled=True)
         self.start_button.on_click(lambda _: on_start())
         self.stop_button.on_click(lambda _: on_stop())
@@ -85,7 +85,7 @@ class PatchPanel:
 
         try:
             self.result = wb.patching(
-                self._model, self.clean.value, self.corrupt.value, site=self.site.value,
+                self._model, self.clean.value, self.corrupt.value, site=str(self.site.value),
                 metric=wb.logit_diff(self.answer.value, self.other.value),
                 on_progress=progress, should_stop=self._stop.is_set,
             )
@@ -118,7 +118,8 @@ class PatchPanel:
         self._holder.layout.display = None
         import plotly.graph_objects as go
 
-        picture = layer_token_heatmap(self.result, unit="recovered", signed=True, theme=self._theme)
+        picture = layer_token_heatmap(
+            self.result, title="Where does the answer sit?", unit="recovered", signed=True, theme=self._theme)
         if self.figure is None:
             self.figure = go.FigureWidget(picture)
             self._holder.children = [self.figure]

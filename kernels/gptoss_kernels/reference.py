@@ -10,6 +10,7 @@ E experts, k experts chosen per token, F expert width, N = B*T tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from gptoss_kernels.mxfp4 import Mxfp4Tensor, dequantize
 name = "reference"
 
 ExpertWeight = Mxfp4Tensor | Tensor
+
+SCRATCH_VALUES = 1 << 20  # decoded at a time, if one expert is not larger: many small experts cost one lookup together
 
 
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -120,22 +123,25 @@ def expert_linear(x: Tensor, experts: Tensor, weight: ExpertWeight, bias: Tensor
     """
     n, k = experts.shape
     flat = experts.reshape(-1)
-    order = flat.argsort(stable=True)
+    order = flat.argsort(stable=True)  # rows of the same expert next to each other
+    sources = x[order // k] if x.dim() == 2 else x.reshape(n * k, -1)[order]
     counts = torch.bincount(flat, minlength=weight.shape[0]).tolist()
-    rows_of_x = x if x.dim() == 2 else x.reshape(n * k, -1)
-    source = order // k if x.dim() == 2 else order
-    out = x.new_empty(n * k, weight.shape[1])
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            chosen = slice(start, start + count)
-            out[order[chosen]] = F.linear(rows_of_x[source[chosen]], _dense(weight, expert, x.dtype))
-            start += count
+    chosen = [expert for expert, count in enumerate(counts) if count]
+    pieces = sources.split([counts[expert] for expert in chosen])
+    products = torch.cat([F.linear(piece, w) for piece, w in zip(pieces, _dense(weight, chosen, x.dtype))])
+    out = torch.empty_like(products)
+    out[order] = products
     return (out + bias[flat]).view(n, k, -1)
 
 
-def _dense(weight: ExpertWeight, expert: int, dtype: torch.dtype) -> Tensor:
-    return dequantize(weight[expert], dtype) if isinstance(weight, Mxfp4Tensor) else weight[expert]
+def _dense(weight: ExpertWeight, experts: list[int], dtype: torch.dtype) -> Iterator[Tensor]:
+    """The (out, in) matrices of some experts in turn, decoded as many at a time as the scratch holds."""
+    if not isinstance(weight, Mxfp4Tensor):
+        yield from (weight[expert] for expert in experts)
+        return
+    together = max(1, SCRATCH_VALUES // (weight.shape[1] * weight.shape[2]))
+    for start in range(0, len(experts), together):
+        yield from dequantize(weight[experts[start : start + together]], dtype)
 
 
 def split_gate_up(gate_up: Tensor) -> tuple[Tensor, Tensor]:

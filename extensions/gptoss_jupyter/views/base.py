@@ -16,7 +16,7 @@ from gptoss_workbench.plots import colour
 
 @cache
 def _file(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return resources.files("gptoss_jupyter.views").joinpath(name).read_text(encoding="utf-8")
 
 
 def module(name: str) -> str:

@@ -31,8 +31,9 @@ export default { render({ model, el }) {
   };
 
   const axis = () => {
+    const sparse = rowHeight < 13 ? 4 : 1;
     layersAxis.replaceChildren(...Array.from({ length: layers }, (_, layer) => {
-      const label = node('span', 'gptoss-layer', String(layer)), band = model.get('bands')[layer];
+      const label = node('span', 'gptoss-layer', layer % sparse ? '' : String(layer)), band = model.get('bands')[layer];
       if (band) { label.title = `layer ${layer}: ${band} attention`; label.dataset.band = band; }
       label.style.height = `${rowHeight}px`;
       return label;

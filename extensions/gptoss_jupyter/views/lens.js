@@ -4,10 +4,11 @@ export default { render({ model, el }) {
   const parts = panel(el, model, 'gptoss-lens');
   const table = node('table', 'gptoss-lens-table');
   table.setAttribute('aria-labelledby', parts.title.id);
+  parts.body.classList.add('gptoss-tall');
   parts.body.append(table);
 
   const paint = () => {
-    const dark = isDark(), height = model.get('row_height'), columns = parts.body.clientWidth < 300 ? 3 : 5;
+    const dark = isDark(), height = model.get('row_height'), columns = clamp(Math.floor((parts.body.clientWidth - 24) / 84), 2, 5);
     table.replaceChildren(...model.get('rows').map(([layer, cells]) => {
       const row = node('tr'), name = node('th', '', String(layer));
       name.scope = 'row';

@@ -4,6 +4,7 @@ export default { render({ model, el }) {
   const parts = panel(el, model, 'gptoss-routes');
   const table = node('table', 'gptoss-route-table');
   table.setAttribute('aria-labelledby', parts.title.id);
+  parts.body.classList.add('gptoss-tall');
   parts.body.append(table);
 
   const paint = () => {

@@ -37,7 +37,7 @@ def _labels(array: xr.DataArray | xr.Dataset, dim: str, coord: str = "text") -> 
 
 def _style(figure: go.Figure, title: str, theme: Theme, height: int) -> go.Figure:
     text, line = _INK[theme]
-    axis = dict(gridcolor=line, zerolinecolor=line, linecolor=line, ticks="", automargin=True)
+    axis: dict[str, Any] = dict(gridcolor=line, zerolinecolor=line, linecolor=line, ticks="", automargin=True)
     figure.update_layout(
         template="plotly_white" if theme == "light" else "plotly_dark",
         title=dict(text=escape(title), font=dict(size=14), x=0, xref="container", y=1, yref="container",
@@ -69,7 +69,8 @@ def _heat(values: np.ndarray, signed: bool, theme: Theme, unit: str, low: float 
     else:
         low, high = (min(bottom, 0.0) if low is None else low), ((top or 1.0) if high is None else high)
     return dict(z=values, zmin=low, zmax=high, colorscale=plotly_scale(theme, signed), xgap=1, ygap=1,
-                hoverongaps=False, colorbar=dict(title=dict(text=escape(unit), side="right"), thickness=12, len=1.0))
+                hoverongaps=False,
+                colorbar=dict(title=dict(text=escape(unit), side="top"), thickness=12, len=1.0, outlinewidth=0))
 
 
 def _rows(count: int, least: int = 170) -> int:
@@ -151,13 +152,14 @@ def token_lines(
         raise ValueError(f"expected (token) or (series, token), got {tuple(array.dims)}: select or average first")
     tokens = _labels(array, "token")
     series = [(str(array.name or ""), array)] if not others else [
-        (f"{others[0]} {name}", array.isel({others[0]: i})) for i, name in enumerate(_labels(array, others[0], coord=""))
+        (f"{others[0]} {name}", array.isel({others[0]: i}))
+        for i, name in enumerate(_labels(array, others[0], coord=""))
     ]
     dashes = ("solid", "dash", "dot", "dashdot", "longdash")
     figure = go.Figure()
     colours = table(theme)
     for i, (name, line) in enumerate(series):
-        at = int(round(255 - 175 * i / max(1, len(series) - 1))) if len(series) > 1 else 200
+        at = round(255 - 175 * i / max(1, len(series) - 1)) if len(series) > 1 else 200
         figure.add_trace(go.Scatter(
             x=list(range(len(tokens))), y=np.asarray(line.values, dtype=float), name=plain(name, 40),
             mode="lines+markers" if markers and len(tokens) <= 80 else "lines", connectgaps=False,
@@ -185,20 +187,26 @@ def lens_table(lens: xr.Dataset, *, title: str = "", theme: Theme = "light") -> 
         raise ValueError(f"expected variables text and prob, got {sorted(map(str, lens.variables))}: use wb.logit_lens")
     lens = lens.transpose("layer", "rank")
     probs = np.asarray(lens["prob"].values, dtype=float)
-    texts = [[str(text) for text in row] for row in lens["text"].values]
+    texts = np.vectorize(str, otypes=[object])(lens["text"].values)
+    described = lens["id"].values < 0 if "id" in lens else np.zeros(texts.shape, dtype=bool)  # no token: words about it
     layers, ranks = probs.shape
     labels = _labels(lens, "layer", coord="")
     heat = _heat(probs, False, theme, "probability", 0.0, 1.0)
-    shown = [[plain(text, 60) for text in row] for row in texts]
+
+    def shown(limit: int) -> np.ndarray:
+        made = [escape(text[:limit]) if words else plain(text, limit)
+                for text, words in zip(texts.flat, described.flat, strict=True)]
+        return np.array(made, dtype=object).reshape(texts.shape)
+
     figure = go.Figure(go.Heatmap(
-        **heat, customdata=np.array(shown, dtype=object),
+        **heat, customdata=shown(60),
         hovertemplate="layer %{y}, rank %{x}: %{customdata}<br><b>%{z:.4f}</b><extra></extra>",
     ))
-    colours = table(theme)
+    colours, short = table(theme), shown(12)
     for row in range(layers):
         for column in range(ranks):
             under = colours[int(np.clip(np.nan_to_num(probs[row, column]), 0, 1) * 255)]
-            figure.add_annotation(x=column, y=row, text=plain(texts[row][column], 12), showarrow=False,
+            figure.add_annotation(x=column, y=row, text=short[row, column], showarrow=False,
                                   font=dict(color=ink(under), family=_MONO, size=12 if layers <= 12 else 10))
     _style(figure, title, theme, _rows(layers))
     figure.update_xaxes(title="rank", tickvals=list(range(ranks)), ticktext=[str(i + 1) for i in range(ranks)],
