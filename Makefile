@@ -9,7 +9,7 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-w
 MAKEFLAGS += --no-print-directory
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
-PIP_INSTALL := $(PY) -m pip install --quiet --progress-bar off -c constraints.txt
+PIP_INSTALL := $(PY) -m pip install -qq --progress-bar off -c constraints.txt
 
 .PHONY: help lab test bench lint notebooks wheel
 
@@ -51,7 +51,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(PY)
 
 lab: $(VENV)/.lab
 	@root=; [ "$$(id -u)" != 0 ] || root=--allow-root; \
-	exec $(PY) -m jupyterlab $$root $(LAB_ARGS) $(NOTEBOOK)
+	exec $(PY) -m jupyterlab $$root --LabApp.default_url=/lab/tree/$(notdir $(NOTEBOOK)) $(LAB_ARGS) $(NOTEBOOK)
 
 # Waiting OpenMP threads spin by default and starve the kernels and browsers that tests start.
 test: export OMP_WAIT_POLICY = PASSIVE

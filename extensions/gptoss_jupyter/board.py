@@ -15,6 +15,7 @@ from gptoss_workbench.plots.labels import visible
 
 if TYPE_CHECKING:
     from gptoss_workbench.model.model import Model
+    from gptoss_workbench.model.run import Run
 
 LENS_RANKS = 5
 NEXT_TOP = 10
@@ -52,24 +53,25 @@ class Board:
     def paint(self, reading: Reading, quantity: str, selected: int, whole_text: bool, banned: Banned) -> None:
         """Show a reading with one token selected."""
         model, vocabulary, run = self._model, self._model.vocabulary, reading.run
-        values = self._values(run, quantity)
-        spans: list[Span] = wb.harmony.parse(reading.ids, vocabulary)
         text = f"“{visible(vocabulary.token_bytes(reading.ids[selected]), 12)}”"
-        routes = present.routes(run.data, selected)
+        # Each view is shown as soon as its numbers are there: the experts do not wait for the unembedding.
+        routes = present.routes(run, selected)
         usage = wb.expert_usage(run, tokens=None if whole_text else selected)
-        lens = wb.logit_lens(model, run, token=selected, top=LENS_RANKS)
+        grid = present.grid(usage, [[expert for expert, _ in slots] for _, slots in routes], whole_text, text)
+        self.grid.show(**grid, stale=False)
+        self.routes.show(rows=routes, stale=False)
+
+        spans: list[Span] = wb.harmony.parse(reading.ids, vocabulary)
+        strip = present.strip(vocabulary, reading.ids, spans, self._values(run, quantity))
+        self.strip.show(**strip, selected=selected, stale=False)
+
+        lens = present.lens(vocabulary, wb.logit_lens(model, run, token=selected, top=LENS_RANKS))
+        self.lens.show(rows=lens, stale=False)
+
         now = wb.next_tokens(model, run, token=selected, top=NEXT_SEARCHED)
         before = None if reading.clean is None else wb.next_tokens(
             model, reading.clean, token=selected, top=NEXT_SEARCHED)
-
-        strip = present.strip(vocabulary, reading.ids, spans, values)
-        grid = present.grid(usage, [[expert for expert, _ in slots] for _, slots in routes], whole_text, text)
-        rows = present.lens(vocabulary, lens)
         bars = present.next_tokens(vocabulary, now, before, NEXT_TOP)
-        self.strip.show(**strip, selected=selected, stale=False)
-        self.grid.show(**grid, stale=False)
-        self.routes.show(rows=routes, stale=False)
-        self.lens.show(rows=rows, stale=False)
         self.next.show(**bars, title=f"What comes after {text}?", stale=False,
                        hint="Clean: the same text without the edits." if before is not None else "")
         self.state = {
@@ -77,14 +79,13 @@ class Board:
             "tokens": [vocabulary.token_text(token) for token in reading.ids], "groups": strip["groups"],
             "quantity": quantity, "unit": strip["unit"],
             "values": np.frombuffer(strip["values"], dtype=np.float32).tolist(), "high": strip["high"],
-            "selected": selected, "usage": usage.values.tolist(), "routes": routes, "lens": rows,
+            "selected": selected, "usage": usage.values.tolist(), "routes": routes, "lens": lens,
             "next": bars["rows"], "banned": [list(pair) for pair in banned],
         }
 
-    def _values(self, run: Any, quantity: str) -> xr.DataArray:
+    def _values(self, run: Run, quantity: str) -> xr.DataArray:
         """The quantity of each token; nothing measured where the run does not hold what it takes."""
-        captured = set(run.data.data_vars)
-        if "attn.pattern" in sites(quantity) and "attn.pattern" not in captured:
+        if "attn.pattern" in sites(quantity) and not run.layers("attn.pattern"):
             return xr.DataArray(np.full(len(run.ids), np.nan, dtype=np.float32), dims="token", name=quantity)
         return wb.token_quantity(self._model, run, quantity)
 

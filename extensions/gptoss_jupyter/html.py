@@ -41,7 +41,7 @@ def snapshot(name: str, state: dict[str, Any]) -> str:
         state: see ``Explorer.state``; an empty one gives the headline alone.
     """
     if not state.get("tokens"):
-        return str(_PAGE.format(name=name, note=state.get("status", ""), body=""))
+        return str(_PAGE.format(name=_line(name), note=state.get("status", ""), body=""))
     selected = state["selected"]
     token = _shown(state["tokens"][selected])
     parts = [_PART.format(title=f"Tokens, coloured by {state['quantity'].replace('_', ' ')} ({state['unit']})",
@@ -58,11 +58,15 @@ def snapshot(name: str, state: dict[str, Any]) -> str:
         parts.append(_PART.format(title="Patch experiment: share of the clean answer recovered",
                                   body=_patch(state["patch"])))
     note = "Still picture; run the cell for the live one."
-    return str(_PAGE.format(name=name, note=note, body=Markup("").join(parts)))
+    return str(_PAGE.format(name=_line(name), note=note, body=Markup("").join(parts)))
 
 
 def _joined(parts: list[list[str]]) -> str:
     return "".join(text for _, text in parts)
+
+
+def _line(text: str) -> str:
+    return _joined(shown_pieces(text, spaces=False))
 
 
 def _shown(text: str) -> str:

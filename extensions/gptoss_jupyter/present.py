@@ -15,6 +15,7 @@ from gptoss_workbench.plots.labels import pieces, visible
 if TYPE_CHECKING:
     from gptoss_workbench.harmony.spans import Span
     from gptoss_workbench.harmony.vocabulary import Vocabulary
+    from gptoss_workbench.model.run import Run
 
 CHANNELS = ("analysis", "commentary", "final")
 LONGEST = 400  # characters of one token that a page is asked to lay out
@@ -102,16 +103,13 @@ def grid(usage: xr.DataArray, chosen: list[list[int]], whole_text: bool, token: 
     }
 
 
-def routes(data: xr.Dataset, token: int) -> list[list[Any]]:
-    """Per layer the chosen experts, heaviest first: [[layer, [[expert, weight], ...]], ...]."""
-    here = data[["router.experts", "router.weights"]].isel(token=token).transpose("layer", "slot")
-    rows = []
-    for layer, experts, weights in zip(
-        here["layer"].values, here["router.experts"].values, here["router.weights"].values, strict=True
-    ):
-        slots = sorted(((int(e), float(w)) for e, w in zip(experts, weights, strict=True)), key=lambda s: -s[1])
-        rows.append([int(layer), [list(slot) for slot in slots]])
-    return rows
+def routes(run: Run, token: int) -> list[list[Any]]:
+    """Per layer the chosen experts of one token, heaviest first: [[layer, [[expert, weight], ...]], ...]."""
+    experts, weights = (run.tensor(site)[:, token].tolist() for site in ("router.experts", "router.weights"))
+    return [
+        [layer, sorted(map(list, zip(chosen, shares, strict=True)), key=lambda slot: -slot[1])]
+        for layer, chosen, shares in zip(run.layers("router.experts"), experts, weights, strict=True)
+    ]
 
 
 def lens(vocabulary: Vocabulary, guesses: xr.Dataset) -> list[list[Any]]:

@@ -58,7 +58,9 @@ def yarn_frequencies(
     return interpolated * (1 - keep) + extrapolated * keep, concentration
 
 
-def rope_tables(positions: Tensor, frequencies: Tensor, concentration: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    positions: Tensor, frequencies: Tensor, concentration: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     """positions (B, T) int -> cos, sin (B, T, D/2). Angles in float32, cast to ``dtype`` before they multiply."""
     angles = positions.float()[..., None] * frequencies
     return (angles.cos() * concentration).to(dtype), (angles.sin() * concentration).to(dtype)

@@ -57,8 +57,8 @@ def test_patching_what_is_equal_changes_nothing_and_the_last_place_everything(ti
 
 def test_patching_reports_and_stops(tiny) -> None:
     seen = []
-    result = wb.patching(tiny, CLEAN, CORRUPT, metric=METRIC, on_progress=lambda done, total: seen.append((done, total)),
-                         should_stop=lambda: len(seen) >= 2)
+    result = wb.patching(tiny, CLEAN, CORRUPT, metric=METRIC,
+                         on_progress=lambda done, total: seen.append((done, total)), should_stop=lambda: len(seen) >= 2)
     assert seen == [(10, 40), (20, 40)]
     assert np.isfinite(result.values[:2]).all() and np.isnan(result.values[2:]).all()
 
@@ -117,7 +117,8 @@ def test_shared_rows_count_as_all_their_ids(folders, tiny) -> None:
     assert all(value == pytest.approx(float(p[id]), abs=PROBABILITY) for id, value in by_id.items())
     assert f"{len(shared):,} unused" in said["text"].values[said["id"].values.tolist().index(-1)]
     for name in ("surprisal", "entropy"):
-        np.testing.assert_allclose(wb.token_quantity(tiny, one, name), wb.token_quantity(compact, two, name), atol=SUM_F32)
+        full, short = wb.token_quantity(tiny, one, name), wb.token_quantity(compact, two, name)
+        np.testing.assert_allclose(full, short, atol=SUM_F32)
 
 
 def test_token_quantities_by_hand(tiny) -> None:
@@ -132,7 +133,8 @@ def test_token_quantities_by_hand(tiny) -> None:
     np.testing.assert_allclose(value("router_entropy"), -(p * p.log2()).sum(-1).mean(0), atol=SUM_F32)
     ordered = run.tensor("router.logits").sort(-1, descending=True).values
     np.testing.assert_allclose(value("router_margin"), (ordered[..., 3] - ordered[..., 4]).mean(0), atol=SUM_F32)
-    np.testing.assert_allclose(value("sink"), 1 - run.tensor("attn.pattern")[..., :-1].sum(-1).mean((0, 1)), atol=SUM_F32)
+    on_text = run.tensor("attn.pattern")[..., :-1].sum(-1).mean((0, 1))
+    np.testing.assert_allclose(value("sink"), 1 - on_text, atol=SUM_F32)
     np.testing.assert_allclose(value("resid_norm"), run.tensor("resid_post", 3).pow(2).sum(-1).sqrt(), rtol=1e-6)
     assert set(wb.TOKEN_QUANTITIES) == {"surprisal", "entropy", "router_entropy", "router_margin", "sink", "resid_norm"}
     with pytest.raises(ExperimentError, match="surprisal"):

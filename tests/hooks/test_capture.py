@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ import torch
 import gptoss_workbench as wb
 from gptoss_workbench.errors import SiteError
 from gptoss_workbench.hooks.sites import SITES
-from gptoss_workbench.hooks.taps import dimension_sizes
 from tests.factories import tiny_model, write_hf
 from tests.tolerances import PROBABILITY, SITE_F32, SUM_F32
 
@@ -31,7 +28,7 @@ def everything(tiny):
 @pytest.mark.parametrize("site", SITES)
 def test_dimensions_are_as_the_table_says(site: str, tiny, everything) -> None:
     spec, variable = SITES[site], everything.data[site]
-    sizes = {**dimension_sizes(tiny.config), "layer": 4, "token": 30, "query": 30, "key": 31}
+    sizes = {**tiny.config.dimensions, "layer": 4, "token": 30, "query": 30, "key": 31}
     assert variable.dims == (("layer",) if spec.per_layer else ()) + spec.dims
     assert variable.shape == tuple(sizes[dim] for dim in variable.dims)
 

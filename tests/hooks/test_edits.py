@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 import gptoss_workbench as wb
 from gptoss_workbench.errors import EditError, EditNeverFired, SiteError
 from gptoss_workbench.hooks.sites import SITES
-from gptoss_workbench.hooks.taps import dimension_sizes
 from tests.factories import tiny_model, write_hf
 from tests.tolerances import SITE_F32, SUM_F32
 
@@ -107,7 +106,8 @@ def test_patching_everything_at_one_layer_gives_the_other_run(tiny, other) -> No
 
 
 def test_patch_from_other_positions(tiny, clean, other) -> None:
-    run = tiny.run(IDS, capture="resid_mid", edits=[wb.patch("resid_mid", other, layer=1, tokens=[4, 9], source=[7, 2])])
+    edit = wb.patch("resid_mid", other, layer=1, tokens=[4, 9], source=[7, 2])
+    run = tiny.run(IDS, capture="resid_mid", edits=[edit])
     assert torch.equal(run.tensor("resid_mid", 1)[[4, 9]], other.tensor("resid_mid", 1)[[7, 2]])
 
 
@@ -208,8 +208,11 @@ def test_rows_of_a_batch_are_edited_apart(tiny, clean) -> None:
 def test_every_site_reaches_the_output(tiny, clean, site: str) -> None:
     """No edit is inert: a large change anywhere moves the logits, or the logits themselves."""
     layer = 1 if SITES[site].per_layer else None
-    edit = wb.apply(site, lambda x: torch.where(x.isfinite(), x + 3.0 * torch.sin(torch.arange(x.numel()).view(x.shape)), x),
-                    layer=layer)
+    def shake(x):
+        wave = 3.0 * torch.sin(torch.arange(x.numel()).view(x.shape))
+        return torch.where(x.isfinite(), x + wave, x)
+
+    edit = wb.apply(site, shake, layer=layer)
     assert (tiny.run(IDS, edits=[edit]).logits - clean.logits).abs().max() > 1e-3
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +9,6 @@ from hypothesis import strategies as st
 
 import gptoss_workbench as wb
 from gptoss_workbench.hooks.capture import Capture
-from gptoss_workbench.hooks.taps import Taps
 from tests.factories import TINY, tiny_model, write_hf
 from tests.tolerances import CACHE_F32, SITE_F32
 
@@ -25,7 +22,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory):
 
 
 def read(model, ids, cache, start):
-    taps = Taps(model.config, Capture(), (), [start + len(ids)])
+    taps = model.new_taps(Capture(), (), [[0] * (start + len(ids))])
     positions = torch.arange(start, start + len(ids))[None]
     hidden, _ = model.read(torch.tensor([ids]), positions, cache, taps, [0], last_only=False)
     return hidden[0]
@@ -71,7 +68,7 @@ def test_forks_go_their_own_way(tiny) -> None:
 def test_select_keeps_rows(tiny) -> None:
     ids, positions = tiny.pad_left([IDS[:12], IDS[3:9]])
     cache = tiny.new_cache(2)
-    taps = Taps(tiny.config, Capture(), (), [12, 6])
+    taps = tiny.new_taps(Capture(), (), [IDS[:12], IDS[3:9]])
     tiny.read(ids, positions, cache, taps, [0, 1])
     second = read(tiny, [9], cache.select(torch.tensor([1])), 6)
     torch.testing.assert_close(second[0], tiny.run([*IDS[3:9], 9]).hidden[-1], rtol=0, atol=CACHE_F32)

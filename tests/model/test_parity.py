@@ -132,7 +132,8 @@ def test_bf16_sublayers_follow_float32(folder: Path) -> None:
     Float32 routes are replayed and every layer starts from the float32 residual, rounded once.
     """
     ids = prompt(11)
-    exact = wb.load(folder, dtype="float32").run(ids, capture=["resid_pre", "resid_mid", "router", "attn.out", "mlp.out"])
+    sites = ["resid_pre", "resid_mid", "router", "attn.out", "mlp.out"]
+    exact = wb.load(folder, dtype="float32").run(ids, capture=sites)
     rounded = wb.load(folder, dtype="bfloat16")
     for layer in range(4):
         teacher = [wb.patch("resid_pre", exact, layer=layer), wb.patch("resid_mid", exact, layer=layer),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -40,10 +41,10 @@ def execute(notebook: NotebookNode, folder: Path, timeout: int = 300) -> None:
     from nbclient import NotebookClient
 
     client = NotebookClient(
-        notebook, timeout=timeout, kernel_name="python3", store_widget_state=False,
+        notebook, timeout=timeout, kernel_name="python3", store_widget_state=False, coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
     )
-    client.execute()
+    client.execute(stderr=subprocess.DEVNULL)  # the kernel's own words, not the cells'
 
 
 def clean(notebook: NotebookNode) -> None:

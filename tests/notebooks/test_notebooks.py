@@ -47,7 +47,7 @@ def test_executing_twice_gives_the_same_clean_bytes(tmp_path):
         new_markdown_cell("# Title"),
         new_code_cell("import ipywidgets\nslider = ipywidgets.IntSlider(3)\nslider", metadata={"collapsed": True}),
         new_code_cell("1 / 0", metadata={"tags": ["raises-exception"]}),
-        new_code_cell("print('a')\nprint('b')"),
+        new_code_cell("import time\nprint('a')\ntime.sleep(0.5)\nprint('b')"),
     ]
     nbformat.write(new_notebook(cells=cells), path)
     command = [sys.executable, str(HERE / "execute.py"), str(path)]

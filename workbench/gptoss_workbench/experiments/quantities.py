@@ -48,7 +48,8 @@ def _resid_norm(model: Model, run: Run) -> Tensor:
 _QUANTITIES: dict[str, tuple[str, str, Callable[[Model, Run], Tensor]]] = {
     "surprisal": ("how unexpected the token was, given what came before", "nats", _surprisal),
     "entropy": ("how open it is what comes next", "nats", _entropy),
-    "router_entropy": ("how evenly the router would spread over all experts, mean over layers", "bits", _router_entropy),
+    "router_entropy": ("how evenly the router would spread over all experts, mean over layers", "bits",
+                       _router_entropy),
     "router_margin": ("logit gap between the last chosen and the first unchosen expert, mean over layers", "logits",
                       _router_margin),
     "sink": ("share of attention that rests on the sink, mean over layers and heads", "share", _sink),

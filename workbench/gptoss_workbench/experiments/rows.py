@@ -24,7 +24,7 @@ def row_counts(model: Model) -> Tensor:
 
 
 def log_probs(model: Model, hidden: Tensor) -> Tensor:
-    """hidden (..., d_model) after the final norm -> log-probability (nats) of each row's ids together, (..., row) float32."""
+    """hidden (..., d_model) after the final norm -> log-probability (nats) of all ids of a row, (..., row) float32."""
     logits = model.transformer.unembed_rows(hidden).float()
     return torch.log_softmax(logits + row_counts(model).log(), dim=-1)
 
@@ -66,8 +66,8 @@ def single_id(model: Model, token: str | int) -> int:
         if len(ids) != 1:
             parts = [model.vocabulary.token_text(id) for id in ids]
             raise ExperimentError(
-                f"{token!r} is not one token.", expected="a text that is one token, or an id", got=f"{len(ids)}: {parts}",
-                hint='Words inside a sentence begin with a space: " Paris".',
+                f"{token!r} is not one token.", expected="a text that is one token, or an id",
+                got=f"{len(ids)}: {parts}", hint='Words inside a sentence begin with a space: " Paris".',
             )
         return ids[0]
     if not 0 <= token < model.config.vocab_size:

@@ -27,7 +27,7 @@ def expert_usage(run: Run, tokens: Indices = None) -> xr.DataArray:
     at = {position: column for column, position in enumerate(run.positions)}
     chosen = [resolve(at.get(position, len(at)), len(at), "captured token")[0] for position in columns]
     weights, experts = weights[:, chosen], experts[:, chosen]
-    layers, count, slots = weights.shape
+    layers, count = weights.shape[:2]
     received = torch.zeros(layers, run.model.config.num_local_experts)
     received.scatter_add_(1, experts.reshape(layers, -1).cpu(), weights.reshape(layers, -1).cpu())
     kept = run.layers("router.weights")

@@ -128,7 +128,8 @@ def set(
         value: a number, or a tensor that broadcasts to (selected tokens, selected rest of the site's dimensions).
         layer, tokens: an index, a list, a slice, or None for all; negative tokens count from the end of the prompt.
         prompt: which rows of a batch.
-        dims: selections along the site's further dimensions by name, e.g. ``head=3``, ``expert=[0, 5]``, ``key="sink"``.
+        dims: selections along the site's further dimensions by name, e.g. ``head=3``, ``expert=[0, 5]``,
+            ``key="sink"``.
 
     Raises:
         SiteError: the site or the dimension does not exist.

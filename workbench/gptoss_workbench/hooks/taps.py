@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,25 +13,16 @@ from gptoss_workbench.hooks.capture import Capture
 from gptoss_workbench.hooks.edits import SINK, Edit, Frozen
 from gptoss_workbench.hooks.selection import resolve
 from gptoss_workbench.hooks.sites import SITES
-from gptoss_workbench.model.config import ModelConfig
 
 Kept = dict[tuple[str, "int | None"], list[Tensor]]
-
-
-def dimension_sizes(config: ModelConfig) -> dict[str, int]:
-    """How long each fixed dimension of the sites is."""
-    return {
-        "d_model": config.hidden_size, "head": config.num_attention_heads, "kv_head": config.num_key_value_heads,
-        "d_head": config.head_dim, "expert": config.num_local_experts, "slot": config.num_experts_per_tok,
-        "d_ff": config.intermediate_size, "vocab": config.vocab_size,
-    }
 
 
 class Taps:
     """Applies edits, then keeps captures. Call ``begin`` before each chunk and ``finish`` at the end.
 
     Args:
-        config: of the model that runs.
+        layers: how many the model has.
+        sizes: how long each fixed dimension of the sites is (``ModelConfig.dimensions``).
         capture: what to keep.
         edits: applied in the given order at each place.
         lengths: tokens of each prompt of the batch, padding not counted.
@@ -42,10 +33,11 @@ class Taps:
     """
 
     def __init__(
-        self, config: ModelConfig, capture: Capture, edits: Sequence[Edit], lengths: Sequence[int],
-        open_ended: bool = False,
+        self, layers: int, sizes: Mapping[str, int], capture: Capture, edits: Sequence[Edit],
+        lengths: Sequence[int], open_ended: bool = False,
     ) -> None:
-        self._config, self._lengths, self._open = config, list(lengths), open_ended
+        self._layer_count, self._sizes = layers, sizes
+        self._lengths, self._open = list(lengths), open_ended
         self._pads = [max(lengths) - n for n in lengths]
         self._tokens = capture.tokens
         self.kept: list[Kept] = [{} for _ in lengths]
@@ -91,8 +83,9 @@ class Taps:
         if idle:
             ends = ", ".join(str(n - 1) for n in sorted(set(self._lengths))[:4])
             raise EditNeverFired(
-                "An edit never fired: the place it names did not come by.", expected="every edit to act at least once",
-                got="; ".join(idle[:3]), hint=f"The prompt's tokens are 0 to {ends}; check tokens=, prompt= and layer=.",
+                "An edit never fired: the place it names did not come by.",
+                expected="every edit to act at least once", got="; ".join(idle[:3]),
+                hint=f"The prompt's tokens are 0 to {ends}; check tokens=, prompt= and layer=.",
             )
 
     # planning ---------------------------------------------------------------------------------------------------
@@ -100,16 +93,15 @@ class Taps:
     def _layers(self, site: str, selection: Frozen) -> Sequence[int | None]:
         if not SITES[site].per_layer:
             return [None]
-        return resolve(selection, self._config.num_hidden_layers, "layer")
+        return resolve(selection, self._layer_count, "layer")
 
     def _plan(self, number: int, edit: Edit) -> None:
         if not isinstance(edit, Edit):
             raise EditError("edits= takes edits.", expected="wb.set(...), wb.add(...), wb.ban_experts(...), ...",
                             got=f"{type(edit).__name__}")
-        sizes = dimension_sizes(self._config)
         for name, selection in edit.place.dims:
-            if name in sizes:
-                resolve(selection, sizes[name], name)  # type: ignore[arg-type]
+            if name in self._sizes:
+                resolve(selection, self._sizes[name], name)  # type: ignore[arg-type]
         rows = resolve(edit.place.prompt, len(self._lengths), "prompt")
         self._check_tokens(edit.place.tokens, rows)
         for layer in self._layers(edit.place.site, edit.place.layer):
@@ -224,18 +216,19 @@ class Taps:
         return torch.tensor(columns)
 
     def _enough_experts(self, logits: Tensor, edit: Edit) -> None:
+        slots, experts = self._sizes["slot"], self._sizes["expert"]
         left = int((logits > -math.inf).sum(-1)[self._positions >= 0].min())
-        if left < self._config.num_experts_per_tok:
+        if left < slots:
             raise EditError(
                 "Too many experts are banned for one token.",
-                expected=f"at least {self._config.num_experts_per_tok} of {self._config.num_local_experts} left",
+                expected=f"at least {slots} of {experts} left",
                 got=f"{left} left after {edit!r}",
             )
 
     # keeping ----------------------------------------------------------------------------------------------------
 
     def _keep(self, place: tuple[str, int | None], x: Tensor) -> None:
-        """File each prompt's part of the chunk without padding. Nothing in the forward pass writes in place, so no copy."""
+        """File each prompt's part of the chunk without padding. The forward pass never writes in place: no copy."""
         spec = SITES[place[0]]
         axis = spec.dims.index(spec.token_dim)
         mask = self._mask(self._tokens, self._positions, self._rows)

@@ -61,6 +61,15 @@ class ModelConfig:
         """Each layer's reach in the workbench's words: "sliding" or "full"."""
         return tuple("sliding" if kind == SLIDING else "full" for kind in self.layer_types)
 
+    @property
+    def dimensions(self) -> dict[str, int]:
+        """How long each fixed dimension of the sites is, by the name it has in captures."""
+        return {
+            "d_model": self.hidden_size, "head": self.num_attention_heads, "kv_head": self.num_key_value_heads,
+            "d_head": self.head_dim, "expert": self.num_local_experts, "slot": self.num_experts_per_tok,
+            "d_ff": self.intermediate_size, "vocab": self.vocab_size,
+        }
+
     @classmethod
     def from_hf(cls, data: Mapping[str, Any], file: str = "config.json") -> ModelConfig:
         """Read the Hugging Face form. Keys that are not needed are passed over.

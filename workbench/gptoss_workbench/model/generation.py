@@ -14,7 +14,6 @@ from torch import Tensor
 from gptoss_workbench.harmony.spans import Span, parse
 from gptoss_workbench.hooks.capture import Capture
 from gptoss_workbench.hooks.edits import Edit
-from gptoss_workbench.hooks.taps import Taps
 from gptoss_workbench.model.cache import KVCache
 from gptoss_workbench.model.run import Place, Run, join_chunks
 from gptoss_workbench.model.sampling import Sampling, sample
@@ -145,7 +144,7 @@ class Driver:
     ) -> None:
         self._model, self.edits, self._max, self._how = model, tuple(edits), max_tokens, how
         self._stop_ids, self._prompts = stop_ids, [list(prompt) for prompt in prompts]
-        self._taps = Taps(model.config, capture, edits, [len(p) for p in prompts], open_ended=True)
+        self._taps = model.new_taps(capture, edits, prompts, open_ended=True)
         self._capture = capture
         self._rngs = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
         self.generations = [Generation(model, prompt, self, row) for row, prompt in enumerate(self._prompts)]

@@ -161,7 +161,7 @@ class Model:
         prompts = _as_batch(prompt)
         rows = [self.encode(one) for one in ([prompt] if prompts is None else prompts)]
         edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
-        taps = Taps(self.config, as_capture(capture), edits, [len(row) for row in rows])
+        taps = self.new_taps(as_capture(capture), edits, rows)
         ids, positions = self.pad_left(rows)
         cache = self.new_cache(len(rows))
         chunks: list[tuple[Tensor, Tensor | None]] = []
@@ -224,6 +224,13 @@ class Model:
 
     def new_cache(self, batch: int) -> KVCache:
         return KVCache(self.config.num_hidden_layers, batch, self.device)
+
+    def new_taps(
+        self, capture: Capture, edits: Sequence[Edit], rows: Sequence[Sequence[int]], open_ended: bool = False,
+    ) -> Taps:
+        """The tap of one run over rows of ids."""
+        lengths = [len(row) for row in rows]
+        return Taps(self.config.num_hidden_layers, self.config.dimensions, capture, edits, lengths, open_ended)
 
     def pad_left(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Rows of ids -> ids and positions, both (prompt, token) int64; padding has id 0 and a negative position."""

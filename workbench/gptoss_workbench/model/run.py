@@ -257,7 +257,7 @@ def _restore_ints(padded: xr.Dataset, original: xr.Dataset) -> xr.Dataset:
         source = original[name].dtype
         if np.issubdtype(source, np.integer) and variable.dtype != source:
             padded[name] = variable.fillna(-1).astype(source)
-        elif source == object:
+        elif source.kind == "O":
             padded[name] = variable.where(variable.notnull(), None)
     return padded
 

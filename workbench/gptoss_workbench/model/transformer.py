@@ -62,7 +62,7 @@ class Transformer:
         return tap("final_norm", None, kernels.rms_norm(x, weights.final_norm, config.rms_norm_eps))
 
     def _visible(self, query: Tensor, key: Tensor) -> dict[str, Tensor]:
-        """Which keys a query may look at, (prompt, query, key), per band. A sliding band reaches W tokens, itself included."""
+        """Which keys a query may look at, (prompt, query, key), per band; a sliding one reaches W, itself included."""
         distance = query[:, :, None] - key[:, None, :]
         causal = (distance >= 0) & (key[:, None, :] >= 0)
         return {"full": causal, "sliding": causal & (distance < self.config.sliding_window)}

@@ -7,12 +7,14 @@ that two equal tokens stay two columns.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
+from gptoss_workbench.errors import WorkbenchError
 from gptoss_workbench.plots.colour import Theme, ink, plotly_scale, table
 from gptoss_workbench.plots.labels import escape, plain
 
@@ -22,9 +24,14 @@ _MONO = "ui-monospace, 'SF Mono', Menlo, Consolas, 'DejaVu Sans Mono', monospace
 
 
 def _need(array: xr.DataArray | xr.Dataset, *dims: str) -> None:
-    missing = [dim for dim in dims if dim not in array.dims]
-    if missing:
-        raise ValueError(f"expected dimensions {dims}, got {tuple(array.dims)}: select or average the others first")
+    if any(dim not in array.dims for dim in dims):
+        raise _other(dims, array.dims)
+
+
+def _other(expected: Iterable[object], got: Iterable[object]) -> WorkbenchError:
+    return WorkbenchError(
+        "This array can't be drawn so.", expected=", ".join(map(str, expected)), got=", ".join(map(str, got)),
+        hint="Select or average the other dimensions first, e.g. array.sel(head=0) or array.mean('head').")
 
 
 def _labels(array: xr.DataArray | xr.Dataset, dim: str, coord: str = "text") -> list[str]:
@@ -73,6 +80,14 @@ def _heat(values: np.ndarray, signed: bool, theme: Theme, unit: str, low: float 
                 colorbar=dict(title=dict(text=escape(unit), side="top"), thickness=12, len=1.0, outlinewidth=0))
 
 
+def _layer_axis(labels: list[str]) -> dict[str, Any]:
+    """Layer numbers beside the rows, the first on top; every n-th where there are many."""
+    step = 1 if len(labels) <= 12 else 4
+    at = list(range(0, len(labels), step))
+    return dict(title="layer", autorange="reversed", showgrid=False, tickvals=at,
+                ticktext=[escape(labels[i]) for i in at])
+
+
 def _rows(count: int, least: int = 170) -> int:
     return max(least, 110 + count * (26 if count <= 12 else 14))
 
@@ -90,7 +105,7 @@ def layer_token_heatmap(
         signed: take the two-sided scale with zero in the page's colour.
         low, high: ends of the colour scale; by default those of the data.
 
-    Raises: ValueError for other dimensions.
+    Raises: WorkbenchError for other dimensions.
     """
     _need(array, "layer", "token")
     array = array.transpose("layer", "token")
@@ -102,14 +117,15 @@ def layer_token_heatmap(
             if other != tokens[i]:
                 labels[i] += f" | {plain(other, 16)}"
                 hover[i] += f" (other prompt: {plain(other, 60)})"
-    shown = np.array([hover] * len(layers), dtype=object)
+    shown = np.array([[f"layer {layer}, token {i}: {text}" for i, text in enumerate(hover)] for layer in layers],
+                     dtype=object)
     figure = go.Figure(go.Heatmap(
         **_heat(values, signed, theme, unit, low, high), customdata=shown,
-        hovertemplate="layer %{y}, token %{x}: %{customdata}<br><b>%{z:.3f}</b><extra></extra>",
+        hovertemplate="%{customdata}<br><b>%{z:.3f}</b><extra></extra>",
     ))
     _style(figure, title, theme, _rows(len(layers)))
     figure.update_xaxes(title="token", **_token_axis(labels))
-    figure.update_yaxes(title="layer", autorange="reversed", showgrid=False, dtick=1 if len(layers) <= 12 else 4)
+    figure.update_yaxes(**_layer_axis(layers))
     return figure
 
 
@@ -119,19 +135,20 @@ def layer_expert_heatmap(
 ) -> go.Figure:
     """Layers down, experts across, e.g. the result of ``wb.expert_usage``; array (layer, expert).
 
-    Raises: ValueError for other dimensions.
+    Raises: WorkbenchError for other dimensions.
     """
     _need(array, "layer", "expert")
     array = array.transpose("layer", "expert")
     values = np.asarray(array.values, dtype=float)
+    layers, experts = _labels(array, "layer", coord=""), values.shape[1]
+    shown = np.array([[f"layer {layer}"] * experts for layer in layers], dtype=object)
     figure = go.Figure(go.Heatmap(
-        **_heat(values, False, theme, unit, 0.0, high),
-        hovertemplate="layer %{y}, expert %{x}<br><b>%{z:.3f}</b><extra></extra>",
+        **_heat(values, False, theme, unit, 0.0, high), customdata=shown,
+        hovertemplate="%{customdata}, expert %{x}<br><b>%{z:.3f}</b><extra></extra>",
     ))
-    layers, experts = values.shape
-    _style(figure, title, theme, _rows(layers))
+    _style(figure, title, theme, _rows(len(layers)))
     figure.update_xaxes(title="expert", showgrid=False, dtick=1 if experts <= 32 else 8, range=[-0.5, experts - 0.5])
-    figure.update_yaxes(title="layer", autorange="reversed", showgrid=False, dtick=1 if layers <= 12 else 4)
+    figure.update_yaxes(**_layer_axis(layers))
     return figure
 
 
@@ -144,12 +161,12 @@ def token_lines(
         array: (token) or (series, token) in any order; the other dimension's coordinate names the lines.
         unit: what the y axis counts.
 
-    Raises: ValueError without a ``token`` dimension or with more than two dimensions.
+    Raises: WorkbenchError without a ``token`` dimension or with more than two dimensions.
     """
     _need(array, "token")
     others = [str(dim) for dim in array.dims if dim != "token"]
     if len(others) > 1:
-        raise ValueError(f"expected (token) or (series, token), got {tuple(array.dims)}: select or average first")
+        raise _other(("token, or one more beside it",), array.dims)
     tokens = _labels(array, "token")
     series = [(str(array.name or ""), array)] if not others else [
         (f"{others[0]} {name}", array.isel({others[0]: i}))
@@ -161,7 +178,7 @@ def token_lines(
     for i, (name, line) in enumerate(series):
         at = round(255 - 175 * i / max(1, len(series) - 1)) if len(series) > 1 else 200
         figure.add_trace(go.Scatter(
-            x=list(range(len(tokens))), y=np.asarray(line.values, dtype=float), name=plain(name, 40),
+            x=list(range(len(tokens))), y=np.asarray(line.values, dtype=float), name=escape(name[:40]),
             mode="lines+markers" if markers and len(tokens) <= 80 else "lines", connectgaps=False,
             line=dict(color="rgb({},{},{})".format(*map(int, colours[at])), dash=dashes[i % len(dashes)], width=2),
             customdata=[plain(text, 60) for text in tokens],
@@ -180,11 +197,12 @@ def lens_table(lens: xr.Dataset, *, title: str = "", theme: Theme = "light") -> 
     Args:
         lens: the result of ``wb.logit_lens``: ``text`` and ``prob`` over (layer, rank).
 
-    Raises: ValueError when it is something else.
+    Raises: WorkbenchError when it is something else.
     """
     _need(lens, "layer", "rank")
     if not {"text", "prob"} <= set(lens.variables):
-        raise ValueError(f"expected variables text and prob, got {sorted(map(str, lens.variables))}: use wb.logit_lens")
+        raise WorkbenchError("This is no logit lens.", expected="variables text and prob over (layer, rank)",
+                             got=", ".join(sorted(map(str, lens.variables))), hint="Use the result of wb.logit_lens.")
     lens = lens.transpose("layer", "rank")
     probs = np.asarray(lens["prob"].values, dtype=float)
     texts = np.vectorize(str, otypes=[object])(lens["text"].values)
@@ -200,7 +218,7 @@ def lens_table(lens: xr.Dataset, *, title: str = "", theme: Theme = "light") -> 
 
     figure = go.Figure(go.Heatmap(
         **heat, customdata=shown(60),
-        hovertemplate="layer %{y}, rank %{x}: %{customdata}<br><b>%{z:.4f}</b><extra></extra>",
+        hovertemplate="%{customdata}<br><b>%{z:.4f}</b><extra></extra>",
     ))
     colours, short = table(theme), shown(12)
     for row in range(layers):
@@ -211,6 +229,5 @@ def lens_table(lens: xr.Dataset, *, title: str = "", theme: Theme = "light") -> 
     _style(figure, title, theme, _rows(layers))
     figure.update_xaxes(title="rank", tickvals=list(range(ranks)), ticktext=[str(i + 1) for i in range(ranks)],
                         showgrid=False)
-    figure.update_yaxes(title="layer", autorange="reversed", showgrid=False, tickvals=list(range(layers)),
-                        ticktext=[plain(label) for label in labels])
+    figure.update_yaxes(**_layer_axis(labels))
     return figure
