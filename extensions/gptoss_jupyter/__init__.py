@@ -20,7 +20,8 @@ def load_ipython_extension(ipython: InteractiveShell) -> None:
 
 def unload_ipython_extension(ipython: InteractiveShell) -> None:
     """Take everything away again: magics, completion, open dashboards. IPython does none of it by itself."""
-    from gptoss_jupyter import completion, magics
+    from gptoss_jupyter import completion, lifetime, magics
 
     completion.unregister(ipython)
     magics.unregister(ipython)
+    lifetime.close_all()

@@ -62,7 +62,7 @@ class Board:
         self.routes.show(rows=routes, stale=False)
 
         spans: list[Span] = wb.harmony.parse(reading.ids, vocabulary)
-        strip = present.strip(vocabulary, reading.ids, spans, self._values(run, quantity))
+        strip = present.strip(vocabulary, reading.ids, spans, self._values(run, quantity), model.known(reading.ids))
         self.strip.show(**strip, selected=selected, stale=False)
 
         lens = present.lens(vocabulary, wb.logit_lens(model, run, token=selected, top=LENS_RANKS))

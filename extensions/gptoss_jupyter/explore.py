@@ -116,9 +116,14 @@ class Explorer:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What is shown, as plain data: tokens, values, usage, routes, lens, next, banned, answer, patch, status."""
-        return {**self.board.state, "answer": [dict(message) for message in self.said.messages],
-                "answer_note": self.said.note, "patch": self.patch_panel.state(),
+        """What is shown, as plain data: tokens, values, usage, routes, lens, next, banned, answer, patch, status.
+
+        ``answer`` is [{"label": channel, "text": what was said}, ...]; ``messages`` are the same for display.
+        """
+        return {**self.board.state, "answer": [
+                    {"label": message["label"], "text": "".join(text for _, text in message["pieces"])}
+                    for message in self.said.messages],
+                "messages": list(self.said.messages), "answer_note": self.said.note, "patch": self.patch_panel.state(),
                 "status": self.status.message, "level": self.status.level}
 
     def flush(self, timeout: float = 60.0) -> bool:

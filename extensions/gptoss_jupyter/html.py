@@ -47,7 +47,7 @@ def snapshot(name: str, state: dict[str, Any]) -> str:
     parts = [_PART.format(title=f"Tokens, coloured by {state['quantity'].replace('_', ' ')} ({state['unit']})",
                           body=_strip(state))]
     if state["answer"]:
-        parts.append(_PART.format(title="Answer", body=Markup(as_html(state["answer"], state["answer_note"]))))
+        parts.append(_PART.format(title="Answer", body=Markup(as_html(state["messages"], state["answer_note"]))))
     parts.append(_PART.format(title=f"Token {selected}, {token}: experts and guesses layer by layer",
                               body=_layers(state)))
     parts.append(_PART.format(title=f"What comes after {token}", body=_next(state)))

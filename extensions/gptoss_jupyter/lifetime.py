@@ -11,6 +11,7 @@ class Closable(Protocol):
 
 
 _made: dict[str, list[tuple[str, weakref.ref[Any]]]] = {}
+_open: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def current_cell() -> tuple[str, str] | None:
@@ -27,8 +28,9 @@ def current_cell() -> tuple[str, str] | None:
 def adopt(made: Closable, cell: tuple[str, str] | None = None) -> None:
     """Tie ``made`` to the running cell and close what an earlier run of that cell had tied to it.
 
-    Several made by one run of a cell live side by side. Without a cell id nothing happens.
+    Several made by one run of a cell live side by side. Without a cell id nothing is closed.
     """
+    _open.add(made)
     cell = cell or current_cell()
     if cell is None:
         return
@@ -39,3 +41,11 @@ def adopt(made: Closable, cell: tuple[str, str] | None = None) -> None:
             before.close()
     _made[name] = [pair for pair in _made.get(name, []) if pair[0] == execution and pair[1]() is not None]
     _made[name].append((execution, weakref.ref(made)))
+
+
+def close_all() -> None:
+    """Close everything that was adopted and still lives: the extension is being unloaded."""
+    for made in list(_open):
+        made.close()
+    _open.clear()
+    _made.clear()

@@ -7,7 +7,6 @@ Loading the extension must cost nothing, so a command imports what it needs when
 from __future__ import annotations
 
 import time
-import weakref
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +41,6 @@ class GptossMagics(Magics):
     def __init__(self, shell: InteractiveShell) -> None:
         super().__init__(shell)
         self.target = "model"
-        self._opened: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @line_cell_magic
     def gptoss(self, line: str, cell: str | None = None) -> Any:
@@ -107,9 +105,7 @@ class GptossMagics(Magics):
         import gptoss_workbench as wb
 
         options = {"prompt": " ".join(args.text)} if args.text else {}
-        dashboard = wb.explore(self.model(), **options)
-        self._opened.add(dashboard)
-        return dashboard
+        return wb.explore(self.model(), **options)
 
     # what they share ------------------------------------------------------------------------------------------
 
@@ -152,12 +148,6 @@ class GptossMagics(Magics):
             generation.finish()
         show(generation, vocabulary, handle)
 
-    def close(self) -> None:
-        """Close what was opened by the magic, and what dashboards a cell still holds."""
-        for dashboard in list(self._opened):
-            dashboard.close()
-        self._opened.clear()
-
 
 def show(generation: Generation, vocabulary: Vocabulary, handle: DisplayHandle | None) -> Any:
     """Put a generation's answer, as far as it is, into an output: a new one, or the given one anew."""
@@ -179,8 +169,6 @@ def register(ipython: InteractiveShell) -> None:
 
 def unregister(ipython: InteractiveShell) -> None:
     """IPython leaves magics where they are when an extension is unloaded."""
-    magics = ipython.magics_manager.registry.pop(GptossMagics.__name__, None)
+    ipython.magics_manager.registry.pop(GptossMagics.__name__, None)
     for kind in ("line", "cell"):
         ipython.magics_manager.magics[kind].pop("gptoss", None)
-    if magics is not None:
-        magics.close()

@@ -11,6 +11,7 @@ import ipywidgets as widgets
 
 import gptoss_workbench as wb
 from gptoss_jupyter import controls, views
+from gptoss_jupyter.figure import figure_widget, redraw
 from gptoss_jupyter.words import plain_words
 from gptoss_workbench.plots import layer_token_heatmap
 from gptoss_workbench.plots.labels import visible
@@ -37,6 +38,7 @@ class PatchPanel:
 
     def __init__(self, model: Model, on_start: Callable[[], None], on_stop: Callable[[], None]) -> None:
         self._model, self._stop, self._theme = model, threading.Event(), "light"
+        self._drawing = threading.Lock()  # a result and a change of theme come from different threads
         self.clean = controls.line_box("Clean prompt (raw text)", "The capital of France is", "clean")
         self.corrupt = controls.line_box("Corrupt prompt (as many tokens)", "The capital of Italy is", "corrupt")
         self.answer = controls.line_box("Clean answer, with its space", " Paris", "answer")
@@ -113,20 +115,20 @@ class PatchPanel:
         return "\n".join(parts)
 
     def _draw(self) -> None:
+        with self._drawing:
+            self._draw_result()
+
+    def _draw_result(self) -> None:
         if self.result is None:
             return
         self._holder.layout.display = None
-        import plotly.graph_objects as go
-
         picture = layer_token_heatmap(
             self.result, title="Where does the answer sit?", unit="recovered", signed=True, theme=self._theme)
         if self.figure is None:
-            self.figure = go.FigureWidget(picture)
+            self.figure = figure_widget(picture)
             self._holder.children = [self.figure]
-            return
-        with self.figure.batch_update():
-            self.figure.data[0].update(picture.data[0].to_plotly_json(), overwrite=True)
-            self.figure.layout.update(picture.layout.to_plotly_json(), overwrite=True)
+        else:
+            redraw(self.figure, picture)
 
     def theme(self, name: str) -> None:
         """Redraw for the page's theme, which plotly does not follow by itself."""

@@ -62,11 +62,12 @@ def groups(spans: Sequence[Span]) -> list[dict[str, Any]]:
 
 
 def strip(
-    vocabulary: Vocabulary, ids: Sequence[int], spans: Sequence[Span], values: xr.DataArray,
+    vocabulary: Vocabulary, ids: Sequence[int], spans: Sequence[Span], values: xr.DataArray, known: Sequence[bool],
 ) -> dict[str, Any]:
     """Traits of the token strip.
 
     Args:
+        known: for each id, whether the model has an embedding of its own for it.
         values: (token), one for each id or for the first of them, NaN where there is nothing to measure; its
             name and ``units`` attribute are shown.
     """
@@ -77,6 +78,7 @@ def strip(
         tokens.append({
             "pieces": shown_pieces(data), "id": int(token), "hex": data[:LONGEST].hex(" ").upper(),
             "field": fields[i], "special": token in vocabulary.special_ids, "breaks": data.endswith(b"\n"),
+            "known": bool(known[i]),
         })
     numbers = np.full(len(ids), np.nan, dtype=np.float32)
     given = np.asarray(values.values, dtype=np.float32)[: len(ids)]

@@ -141,8 +141,9 @@ def test_banning_an_expert_shows_what_it_does(dash, model):
     assert dash.banned == [] and dash.board.grid.banned == [] and state["next"] == clean["next"]
 
 
-def test_too_many_bans_are_told_in_words_and_can_be_undone(dash):
-    dash.banned = [(1, expert) for expert in range(7)]
+def test_too_many_bans_are_told_in_words_and_can_be_undone(dash, model):
+    config = model.config
+    dash.banned = [(1, expert) for expert in range(config.num_local_experts - config.num_experts_per_tok + 1)]
     state = flush(dash)
     assert state["level"] == "error" and "banned" in state["status"] and len(state["status"].splitlines()) <= 6
     assert dash.board.strip.stale and dash.last_error is not None
@@ -160,7 +161,7 @@ def test_an_answer_is_written_into_strip_and_channels(dash, model):
     assert generation is not None and generation.tokens == expected.tokens
     assert state["ids"] == expected.ids and state["prompt_length"] == len(expected.prompt)
     assert [message["label"] for message in state["answer"]] == ["analysis", "final"]
-    assert "".join(text for _, text in state["answer"][1]["pieces"]) == expected.text("final")
+    assert state["answer"][1]["text"] == expected.text("final")
     assert state["answer_note"].startswith("finished")
     assert np.isfinite(state["values"][1:]).all()
     dash.banned = [(0, 0)]  # the same tokens, read under the edit
@@ -242,7 +243,7 @@ def test_an_interrupt_is_a_stop(dash, monkeypatch):
 
     monkeypatch.setattr(dash, "flush", interrupted)
     generation = dash.answer()
-    assert generation is not None and generation.reason == "stopped" and 0 < len(generation.tokens) < 23
+    assert generation is not None and generation.reason == "stopped" and 0 < len(generation.tokens) < 256
 
 
 def test_the_patch_experiment(dash, model):

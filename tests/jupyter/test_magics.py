@@ -7,7 +7,7 @@ from IPython.core.error import UsageError
 from IPython.utils.capture import capture_output
 
 import gptoss_workbench as wb
-from gptoss_jupyter import commands, magics
+from gptoss_jupyter import commands, lifetime, magics
 
 QUESTION = "What is 27 + 58?"
 
@@ -50,22 +50,27 @@ def test_unloading_leaves_nothing_behind(shell):
     assert len(shell.Completer.custom_matchers) == len(matchers) - 1
 
 
-def test_unloading_closes_what_was_opened(shell, model, monkeypatch):
+def test_explore_opens_a_dashboard_on_the_loaded_model_and_unloading_closes_it(shell, model, monkeypatch):
     class Dashboard:
         closed = False
 
         def close(self):
             self.closed = True
 
-    made = Dashboard()
-    asked = {}
-    monkeypatch.setattr(wb, "explore", lambda model, **options: asked.update(model=model, **options) or made)
+    def explore(model, **options):
+        asked.append((model, options))
+        made = Dashboard()
+        lifetime.adopt(made)
+        return made
+
+    asked = []
+    monkeypatch.setattr(wb, "explore", explore)
     shell.user_ns["model"] = model
     run(shell, 'opened = %gptoss explore "Hello there"')
-    assert shell.user_ns["opened"] is made
-    assert asked == {"model": model, "prompt": "Hello there"}
+    run(shell, "other = %gptoss explore")
+    assert asked == [(model, {"prompt": "Hello there"}), (model, {})]
     shell.extension_manager.unload_extension("gptoss_workbench")
-    assert made.closed
+    assert shell.user_ns["opened"].closed and shell.user_ns["other"].closed
 
 
 # help and doctor ------------------------------------------------------------------------------------------------

@@ -101,7 +101,9 @@ def test_strip_keeps_bytes_text_and_labels_of_every_token(model):
     conversation = wb.chat("<b>\u200b \U0001f9d1\u200d\U0001f680<|end|>")
     ids = model.encode(conversation)
     run = model.run(ids, capture=["router", "resid_post"])
-    traits = present.strip(model.vocabulary, ids, run.spans, wb.token_quantity(model, run, "surprisal"))
+    traits = present.strip(
+        model.vocabulary, ids, run.spans, wb.token_quantity(model, run, "surprisal"), model.known(ids))
+    assert [token["known"] for token in traits["tokens"]] == model.known(ids)
     tokens = traits["tokens"]
     assert b"".join(bytes.fromhex(token["hex"]) for token in tokens) == b"".join(
         model.vocabulary.token_bytes(token) for token in ids)

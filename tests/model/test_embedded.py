@@ -68,3 +68,11 @@ def test_experts_stay_packed(model) -> None:
         for experts in (layer.gate_up, layer.down):
             assert isinstance(experts, Mxfp4Tensor)
             assert experts.nbytes * 32 == experts.shape.numel() * 17  # 17 bytes for 32 values
+
+
+def test_ids_the_model_never_saw(model) -> None:
+    rows = model.weights.row_of_token.tolist()
+    ids = [*model.encode("What is 27 + 58?"), *model.encode(" photosynthesis")]
+    assert model.known(ids) == [rows.count(rows[id]) == 1 for id in ids]
+    assert model.known(ids)[0] and not model.known(ids)[-1]
+    assert model.known([]) == []

@@ -66,4 +66,4 @@ def test_the_kernels_decode_what_we_write() -> None:
 def test_the_gradient_passes_straight_through() -> None:
     weight = torch.randn(2, 32, requires_grad=True)
     StraightThrough.apply(weight).mul(3.0).sum().backward()
-    assert torch.equal(weight.grad, torch.full_like(weight, 3.0))
+    assert weight.grad is not None and torch.equal(weight.grad, torch.full_like(weight, 3.0))

@@ -122,6 +122,7 @@ def test_what_the_model_gives_can_be_drawn(model):
     import gptoss_workbench as wb
 
     run = model.run("The capital of France is", capture=["router", "resid_post"])
-    assert trace(plots.layer_expert_heatmap(wb.expert_usage(run))).z.shape == (4, 8)
+    layers = model.config.num_hidden_layers
+    assert trace(plots.layer_expert_heatmap(wb.expert_usage(run))).z.shape == (layers, model.config.num_local_experts)
     assert len(trace(plots.token_lines(wb.token_quantity(model, run, "surprisal"))).y) == len(run.ids)
-    assert trace(plots.lens_table(wb.logit_lens(model, run))).z.shape == (4, 5)
+    assert trace(plots.lens_table(wb.logit_lens(model, run))).z.shape == (layers, 5)

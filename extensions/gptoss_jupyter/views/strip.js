@@ -20,7 +20,7 @@ export default { render({ model, el }) {
     const where = group ? `${group.label}, ${token.field}` : token.field;
     const bytes = token.hex && token.hex.length > 59 ? `${token.hex.slice(0, 59)} …` : token.hex;
     return `token ${i}  “${piecesText(token.pieces)}”  ·  id ${token.id < 0 ? 'shared' : token.id}`
-      + (bytes ? `  ·  bytes ${bytes}` : '') + `  ·  ${where}  ·  ${model.get('quantity')} ${number(values[i])}`
+      + (bytes ? `  ·  bytes ${bytes}` : '') + (token.known ? '' : '  ·  unknown to this model') + `  ·  ${where}  ·  ${model.get('quantity')} ${number(values[i])}`
       + (Number.isFinite(values[i]) ? ` ${model.get('unit')}` : '');
   };
   const tell = () => { parts.detail.textContent = describe(hovered >= 0 ? hovered : model.get('selected')); };
@@ -84,12 +84,12 @@ export default { render({ model, el }) {
     while (nodes.length < tokens.length) nodes.push(makeToken(nodes.length));
     nodes.length = tokens.length;
     tokens.forEach((token, i) => {
-      const place = nodes[i], key = JSON.stringify([token.pieces, token.field, token.special]);
+      const place = nodes[i], key = JSON.stringify([token.pieces, token.field, token.special, token.known]);
       if (place.dataset.key !== key) {
         place.dataset.key = key;
         putPieces(place, token.pieces);
-        place.setAttribute('aria-label', `${i}: ${piecesText(token.pieces)}`);
-        place.className = `gptoss-token gptoss-${token.field}${token.special ? ' gptoss-special' : ''}`;
+        place.setAttribute('aria-label', `${i}: ${piecesText(token.pieces)}${token.known ? '' : ', unknown to this model'}`);
+        place.className = `gptoss-token gptoss-${token.field}${token.special ? ' gptoss-special' : ''}${token.known ? '' : ' gptoss-unknown'}`;
       }
       const measured = Number.isFinite(values[i]);
       place.classList.toggle('gptoss-unmeasured', !measured);
@@ -149,6 +149,12 @@ export default { render({ model, el }) {
     event.preventDefault();
     event.stopPropagation();
   });
+
+  // Spoken while somebody moves in the strip; silent while it only follows what is typed.
+  const speak = () => parts.detail.setAttribute('aria-live', list === document.activeElement ? 'polite' : 'off');
+  list.addEventListener('focus', speak);
+  list.addEventListener('blur', speak);
+  speak();
 
   const painting = keepPainted(model, parts, paint);
   model.on('change:selected', mark);

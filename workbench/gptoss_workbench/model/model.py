@@ -136,6 +136,17 @@ class Model:
         """The text of token ids, special tokens included."""
         return self.vocabulary.decode(list(ids))
 
+    def known(self, ids: Sequence[int]) -> list[bool]:
+        """Whether each id has an embedding of its own. In a published model all have; the embedded one never saw most.
+
+        Ids that were not in its training text share one row, so it can't tell them apart.
+        """
+        rows = self.weights.row_of_token
+        if rows is None:
+            return [True] * len(ids)
+        alone = torch.bincount(rows)[rows[torch.tensor(list(ids), dtype=torch.int64, device=rows.device)]] == 1
+        return alone.tolist()
+
     # running ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
