@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SITES = (("residual stream", "resid_pre"), ("attention output", "attn.out"), ("experts' output", "mlp.out"))
 HINT = ("Runs the corrupt prompt once for every layer and token, each time with that one place taken from the clean "
-        "run. 1: the clean answer is back; 0: nothing changed.")
+        "run. 1: the clean answer is back; 0: nothing changed. An answer is one token; most begin with a space.")
 
 
 class PatchPanel:
@@ -41,7 +41,7 @@ class PatchPanel:
         self._drawing = threading.Lock()  # a result and a change of theme come from different threads
         self.clean = controls.line_box("Clean prompt (raw text)", "The capital of France is", "clean")
         self.corrupt = controls.line_box("Corrupt prompt (as many tokens)", "The capital of Italy is", "corrupt")
-        self.answer = controls.line_box("Clean answer, with its space", " Paris", "answer")
+        self.answer = controls.line_box("Clean answer", " Paris", "answer")
         self.other = controls.line_box("Corrupt answer", " Rome", "other")
         self.site = controls.menu("Patch the", SITES, "resid_pre", "site")
         self.start_button = controls.button("Run the patch", "patch", "Every layer and token in turn", primary=True)
