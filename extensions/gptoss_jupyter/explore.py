@@ -236,7 +236,6 @@ class Explorer:
         self.board.strip.observe(self._token_chosen, "selected")
         for view in (self.board.grid, self.edits):
             view.observe(lambda change: setattr(self, "banned", change["new"]), "banned")
-        self.status.observe(self._theme_changed, "theme")
         self.answer_button.on_click(lambda _: self.start())
         self.stop_button.on_click(lambda _: self.stop())
 
@@ -249,9 +248,6 @@ class Explorer:
         if change["new"] != self._shown:  # our own paint sets the trait too
             last = len(self.board.strip.tokens) - 1
             self.selected = None if change["new"] >= last else change["new"]
-
-    def _theme_changed(self, change: Any) -> None:
-        self.patch_panel.theme(change["new"])
 
     def _busy(self) -> bool:
         if self._closed or self._long.busy:

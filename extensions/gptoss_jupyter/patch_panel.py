@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as widgets
 
 import gptoss_workbench as wb
-from gptoss_jupyter import controls, views
-from gptoss_jupyter.figure import figure_widget, redraw
+from gptoss_jupyter import controls, present, views
 from gptoss_jupyter.words import plain_words
-from gptoss_workbench.plots import layer_token_heatmap
 from gptoss_workbench.plots.labels import visible
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
     import xarray as xr
 
     from gptoss_workbench.model.model import Model
@@ -28,17 +25,17 @@ HINT = ("Runs the corrupt prompt once for every layer and token, each time with 
 
 
 class PatchPanel:
-    """The form and its heatmap. The figure widget is made when there is first something to show, and then reused.
+    """The form and its heatmap.
 
     Attributes:
         widget: what to display.
         clean, corrupt, answer, other, site: the boxes.
+        heat: the picture.
         result: DataArray (layer, token) of the last experiment, NaN where it was stopped before; None before one.
     """
 
     def __init__(self, model: Model, on_start: Callable[[], None], on_stop: Callable[[], None]) -> None:
-        self._model, self._stop, self._theme = model, threading.Event(), "light"
-        self._drawing = threading.Lock()  # a result and a change of theme come from different threads
+        self._model, self._stop = model, threading.Event()
         self.clean = controls.line_box("Clean prompt (raw text)", "The capital of France is", "clean")
         self.corrupt = controls.line_box("Corrupt prompt (as many tokens)", "The capital of Italy is", "corrupt")
         self.answer = controls.line_box("Clean answer", " Paris", "answer")
@@ -48,16 +45,15 @@ class PatchPanel:
         self.stop_button = controls.button("Stop", "patch-stop", "Stop and keep what is done", disabled=True)
         self.start_button.on_click(lambda _: on_start())
         self.stop_button.on_click(lambda _: on_stop())
-        self.status = views.StatusView(message=HINT)
+        self.status = views.StatusView()
         self.result: xr.DataArray | None = None
-        self.figure: go.FigureWidget | None = None
-        self._holder = controls.box([], "gptoss-figure-holder")
+        self.heat = views.HeatView(title="Where does the answer sit?", unit="of the clean answer recovered", empty=HINT)
         form = controls.box([
             self.clean, self.corrupt, controls.box([self.answer, self.other], "gptoss-pair"),
             controls.box([self.site, self.start_button, self.stop_button], "gptoss-row"), self.status,
         ], "gptoss-patch-form")
         self.widget = widgets.Accordion(
-            children=[controls.box([form, self._holder], "gptoss-patch-body")],
+            children=[controls.box([form, self.heat], "gptoss-patch-body")],
             titles=["Patch experiment: which layer and token carry the answer?"], selected_index=None)
         self.widget.add_class("gptoss-patch-panel")
 
@@ -91,10 +87,10 @@ class PatchPanel:
                 metric=wb.logit_diff(self.answer.value, self.other.value),
                 on_progress=progress, should_stop=self._stop.is_set,
             )
-            self._draw()
+            self.heat.show(**present.heat(self.result), empty="", stale=False)
             self.status.show(level="quiet", message=self._summary(self.result), progress=-1.0)
         except Exception as error:
-            self._holder.layout.display = "none"  # a picture of an earlier experiment would seem to be this one's
+            self.heat.show(stale=True)  # if there is a picture, it is of an earlier experiment
             self.status.show(level="error", message=plain_words(error), progress=-1.0)
         finally:
             self.busy(False)
@@ -113,29 +109,6 @@ class PatchPanel:
         parts.append(f"Logit of {answer} minus {other}: {result.attrs['clean']:+.2f} in the clean run, "
                      f"{result.attrs['corrupt']:+.2f} in the corrupt run.")
         return "\n".join(parts)
-
-    def _draw(self) -> None:
-        with self._drawing:
-            self._draw_result()
-
-    def _draw_result(self) -> None:
-        if self.result is None:
-            return
-        self._holder.layout.display = None
-        picture = layer_token_heatmap(
-            self.result, title="Where does the answer sit?", unit="recovered", signed=True, theme=self._theme)
-        if self.figure is None:
-            self.figure = figure_widget(picture)
-            self._holder.children = [self.figure]
-        else:
-            redraw(self.figure, picture)
-
-    def theme(self, name: str) -> None:
-        """Redraw for the page's theme, which plotly does not follow by itself."""
-        if name != self._theme:
-            self._theme = name
-            if self.figure is not None:
-                self._draw()
 
     def state(self) -> dict[str, Any]:
         """The experiment last shown as plain data; empty before one."""

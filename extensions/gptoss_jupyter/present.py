@@ -154,6 +154,19 @@ def next_tokens(
     return {"rows": made, "edited": clean is not None, "below": least}
 
 
+def heat(result: xr.DataArray) -> dict[str, Any]:
+    """Traits of the heatmap from ``wb.patching``'s (layer, token), the other prompt's token beside one that differs."""
+    result = result.transpose("layer", "token")
+    numbers = np.ascontiguousarray(result.values, dtype=np.float32)
+    finite = np.abs(numbers[np.isfinite(numbers)])
+    texts = [str(text) for text in result["text"].values]
+    others = [str(text) for text in result["corrupt_text"].values]
+    labels = [{"pieces": shown_pieces(text), "other": shown_pieces(other) if other != text else None}
+              for text, other in zip(texts, others, strict=True)]
+    return {"values": numbers.tobytes(), "layers": [int(layer) for layer in result["layer"].values], "labels": labels,
+            "high": nice_ceiling(round(float(finite.max()), 1)) if finite.size else 1.0}
+
+
 def messages(vocabulary: Vocabulary, spans: Sequence[Span]) -> list[dict[str, Any]]:
     """The messages that hold anything: [{"label", "kind", "pieces"}]; kind is the channel, or "" for others."""
     found = []

@@ -13,6 +13,7 @@ import pytest
 CELLS = ["import gptoss_workbench as wb\nmodel = wb.load()", "dash = wb.explore(model)\ndash"]
 ODD = ("<b>x</b> <img src=x onerror=window.__pwned=1> \U0001f9d1\u200d\U0001f680 \u202eabc\u202c \u05e9\u05dc "
        "a\u200bb\n$x$")
+INK = "getComputedStyle(document.querySelector('.gptoss-title')).color"
 SLOW = """
 import time
 def slowly(model, seconds):
@@ -161,14 +162,14 @@ def test_typing_and_selecting(dashboard, lab_page):
 def check_bans(dashboard, lab_page):
     """By mouse and by keyboard, and let back in by the list."""
     used = lab_page.value("[slots[0][0] for _, slots in dash.state['routes']]")
-    canvas = dashboard.find(".gptoss-cells canvas")
+    canvas = dashboard.find(".gptoss-grid .gptoss-cells canvas")
     box = canvas.bounding_box()
     experts, layers = lab_page.value("[model.config.num_local_experts, model.config.num_hidden_layers]")
     canvas.click(position={"x": box["width"] * (used[0] + 0.5) / experts, "y": box["height"] * 0.5 / layers})
     dashboard.settle()
     assert lab_page.value("dash.banned") == [[0, used[0]]]
     assert dashboard.find(".gptoss-next-head").inner_text().split() == ["token", "edited", "clean"]
-    cells = dashboard.find(".gptoss-cells")
+    cells = dashboard.find(".gptoss-grid .gptoss-cells")
     for key in ("ArrowDown", "Enter"):
         cells.press(key)
     dashboard.settle()
@@ -219,22 +220,31 @@ def test_the_patch_is_drawn_and_the_themes_are_followed(dashboard, lab_page):
     page = dashboard.page
     dashboard.find(".gptoss-patch-panel .jupyter-widget-Collapse-header").click()
     dashboard.find("button.gptoss-patch").click()
-    page.wait_for_selector(".gptoss-figure-holder .js-plotly-plot .heatmaplayer", state="attached", timeout=60_000)
-    dashboard.settle()
-    read = """() => { const plot = document.querySelector('.gptoss-figure-holder .js-plotly-plot');
-      return {ink: plot._fullLayout.font.color, ticks: plot._fullLayout.xaxis.ticktext,
-              rows: plot._fullData[0].z.length}; }"""
-    light = page.evaluate(read)
-    assert light["rows"] == lab_page.value("model.config.num_hidden_layers") and "·France | ·Italy" in light["ticks"]
-    colours = [page.evaluate("getComputedStyle(document.querySelector('.gptoss-title')).color")]
-    pixels = dashboard.pixels()
+    page.wait_for_selector(".gptoss-heat .gptoss-token-axis .gptoss-guess", timeout=60_000)
+    rows = dashboard.find(".gptoss-token-axis .gptoss-guess")
+    assert rows.all_text_contents() == ["The", "·capital", "·of", "·France·Italy", "·is"]
+    cells = dashboard.find(".gptoss-heat .gptoss-cells")
+    for key in ("ArrowDown", "ArrowDown", "ArrowDown", "ArrowRight"):
+        cells.press(key)
+    found = lab_page.value("float(dash.patch_panel.result[1, 3])")
+    said = dashboard.find(".gptoss-heat .gptoss-detail").inner_text()
+    assert said.startswith("layer 1, token 3 “·France | ·Italy”:") and f"{found:.3g}"[:3] in said
+
+    def look():
+        canvases = "[...document.querySelectorAll('.gptoss-cells canvas')].map(c => [c.width, c.toDataURL()])"
+        return page.evaluate(f"() => [{INK}, ...{canvases}]")
+
+    light = look()
     lab_page.theme("dark")
-    page.wait_for_function(f"ink => ({read})().ink !== ink", arg=light["ink"], timeout=30_000)
-    page.wait_for_timeout(300)
-    colours.append(page.evaluate("getComputedStyle(document.querySelector('.gptoss-title')).color"))
-    assert colours[0] != colours[1] and dashboard.pixels() != pixels
+    page.wait_for_function(f"ink => {INK} !== ink", arg=light[0])
+    page.wait_for_timeout(500)
+    dark = look()
+    for before, after in zip(light[1:], dark[1:], strict=True):
+        assert before[0] == after[0] and before[1] != after[1]  # the same size in other colours
     lab_page.theme("light")
-    page.wait_for_function(f"ink => ({read})().ink === ink", arg=light["ink"], timeout=30_000)
+    page.wait_for_function(f"ink => {INK} === ink", arg=light[0])
+    page.wait_for_timeout(500)
+    assert look() == light
     dashboard.find(".gptoss-corrupt-box input").fill("The capital of New Zealand is")
     dashboard.find("button.gptoss-patch").click()
     page.wait_for_selector(".gptoss-patch-body [data-level='error']", timeout=30_000)

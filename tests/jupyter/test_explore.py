@@ -251,17 +251,16 @@ def test_the_patch_experiment(dash, model):
     expected = wb.patching(model, "The capital of France is", "The capital of Italy is",
                            metric=wb.logit_diff(" Paris", " Rome"))
     np.testing.assert_allclose(result.values, expected.values, atol=1e-5)
-    figure = dash.patch_panel.figure
-    assert "·France | ·Italy" in figure.layout.xaxis.ticktext
+    heat = dash.patch_panel.heat
+    np.testing.assert_array_equal(np.frombuffer(heat.values, dtype=np.float32), result.values.ravel())
+    france, italy = [["mark", "·"], ["text", "France"]], [["mark", "·"], ["text", "Italy"]]
+    assert heat.labels[3] == {"pieces": france, "other": italy}
+    assert heat.labels[0]["other"] is None and heat.high == 1.0 and heat.empty == ""
     assert "Strongest: layer" in dash.patch_panel.status.message
     dash.patch_panel.clean.value, dash.patch_panel.corrupt.value = "The capital of Italy is", "The capital of France is"
     dash.patch_panel.answer.value, dash.patch_panel.other.value = " Rome", " Paris"
     dash.patch()
-    assert dash.patch_panel.figure is figure  # made once, then reused
-    assert "·Italy | ·France" in figure.layout.xaxis.ticktext
-    light = figure.layout.font.color
-    dash.status.set_state({"theme": "dark"})
-    assert figure.layout.font.color != light
+    assert heat.labels[3]["pieces"][1] == ["text", "Italy"]
     assert dash.state["patch"]["text"][3] == " Italy"
 
 

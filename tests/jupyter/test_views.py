@@ -15,7 +15,7 @@ from gptoss_jupyter import present, views
 from gptoss_jupyter.views import base
 
 VIEWS = [views.StripView, views.AnswerView, views.GridView, views.RoutesView, views.LensView, views.NextView,
-         views.StatusView, views.EditsView]
+         views.StatusView, views.EditsView, views.HeatView]
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -56,7 +56,7 @@ def test_view_modules_parse(tmp_path):
     node = shutil.which("node")
     if node is None:
         pytest.skip("no node to parse with; the browser tests run the same files")
-    for name in ("strip", "answer", "grid", "routes", "lens", "next", "status", "edits"):
+    for name in ("strip", "answer", "grid", "routes", "lens", "next", "status", "edits", "heat"):
         path = tmp_path / f"{name}.mjs"
         path.write_text(base.module(name), encoding="utf-8")
         found = subprocess.run([node, "--check", str(path)], capture_output=True, text=True)

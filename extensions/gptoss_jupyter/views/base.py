@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import json
 import threading
 from functools import cache
 from importlib import resources
 from typing import Any
 
 import anywidget
+import numpy as np
 import traitlets
 
 from gptoss_workbench.plots import colour
@@ -20,9 +22,14 @@ def _file(name: str) -> str:
 
 
 def module(name: str) -> str:
-    """A view's whole browser module: the colour table, the shared helpers, then its own file."""
-    colours = base64.b64encode(colour.sequential().tobytes()).decode()
-    return f"const PALETTE = '{colours}';\n{_file('common.js')}\n{_file(name + '.js')}"
+    """A view's whole browser module: the colour tables, the shared helpers, then its own file."""
+    signed = {theme: _base64(colour.diverging(theme)) for theme in ("light", "dark")}
+    tables = f"const PALETTE = '{_base64(colour.sequential())}';\nconst SIGNED_TABLES = {json.dumps(signed)};"
+    return f"{tables}\n{_file('common.js')}\n{_file(name + '.js')}"
+
+
+def _base64(table: np.ndarray) -> str:
+    return base64.b64encode(table.tobytes()).decode()
 
 
 def style(*names: str) -> str:

@@ -75,10 +75,16 @@ function panel(el, model, className) {
 
 // Calls paint at most once a frame, after a new seq, a theme change or a resize, and then marks data-seq.
 function keepPainted(model, parts, paint) {
-  let asked = false, dead = false;
+  let asked = false, dead = false, waits = 0;
   const now = () => {
     asked = false;
     if (dead) return;
+    if (!parts.root.clientWidth && waits < 50) {   // hidden, e.g. while a theme is being changed: no size to draw in
+      waits += 1;
+      setTimeout(ask, 100);
+      return;
+    }
+    waits = 0;
     parts.dress();
     paint();
     parts.root.dataset.seq = model.get('seq');

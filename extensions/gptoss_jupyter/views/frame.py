@@ -10,7 +10,7 @@ from gptoss_jupyter.views.base import View, module, style
 class StatusView(View):
     """Name and facts of the model, what is going on, and errors in plain words.
 
-    level: "quiet", "busy" or "error"; progress: 0..1, or -1 for none; theme: told by the page.
+    level: "quiet", "busy" or "error"; progress: 0..1, or -1 for none.
     """
 
     _esm = module("status")
@@ -21,7 +21,6 @@ class StatusView(View):
     message = traitlets.Unicode("").tag(sync=True)
     level = traitlets.Unicode("quiet").tag(sync=True)
     progress = traitlets.Float(-1.0).tag(sync=True)
-    theme = traitlets.Unicode("light").tag(sync=True)
 
 
 class EditsView(View):

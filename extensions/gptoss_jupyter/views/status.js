@@ -1,4 +1,4 @@
-// The headline: which model this is, what is going on, what went wrong. Also tells the kernel the theme.
+// The headline: which model this is, what is going on, what went wrong.
 
 export default { render({ model, el }) {
   const root = node('div', 'gptoss-view gptoss-status'), name = node('span', 'gptoss-name');
@@ -20,8 +20,6 @@ export default { render({ model, el }) {
     const progress = model.get('progress');
     bar.hidden = progress < 0;
     bar.value = Math.max(0, progress);
-    const theme = isDark() ? 'dark' : 'light';
-    if (model.get('theme') !== theme) { model.set('theme', theme); model.save_changes(); }
   };
 
   const painting = keepPainted(model, parts, paint);
