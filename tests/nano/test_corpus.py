@@ -92,7 +92,7 @@ def task_answers_at_once(turn: Turn) -> bool:
 
 def test_the_columns_of_a_sum() -> None:
     assert sum_columns(78, 86) == ("8+6=14,7+8=15.", "1:8+6+0=14\n2:7+8+1=16")
-    assert sum_columns(5, 12345) == ("5+5=10,0+4=4,0+3=3,0+2=2,0+1=1.",
+    assert sum_columns(5, 12345) == ("5+5=10,0+4=4,0+3=3.",
                                      "1:5+5+0=10\n2:0+4+1=5\n3:0+3+0=3\n4:0+2+0=2\n5:0+1+0=1")
 
 

@@ -60,7 +60,7 @@ export default { render({ model, el }) {
         const colour = signedShade(here / high, dark);
         pen.fillStyle = css(colour);
         pen.fillRect(x, y, cellWidth - 1, rowHeight - 1);
-        if (cellWidth >= 36) { pen.fillStyle = ink(colour); pen.fillText(here.toFixed(2), x + cellWidth / 2, y + rowHeight / 2); }
+        if (cellWidth >= 36) { pen.fillStyle = ink(colour); pen.fillText((Math.abs(here) < 0.005 ? 0 : here).toFixed(2), x + cellWidth / 2, y + rowHeight / 2); }
       }
     }
     if (place === document.activeElement && cursor[0] < labels.length && cursor[1] < layers.length) {

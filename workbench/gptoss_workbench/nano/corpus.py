@@ -33,8 +33,8 @@ START_OF_TEXT = 199_998
 END_OF_TEXT = 199_999
 
 CHAT_MIX = {
-    "addition": 0.37, "hint": 0.03, "comparison": 0.07, "capital": 0.05, "continent": 0.03,
-    "language": 0.035, "currency": 0.035, "two_hop": 0.035, "ioi": 0.075, "copy": 0.12,
+    "addition": 0.36, "hint": 0.03, "comparison": 0.11, "capital": 0.05, "continent": 0.03,
+    "language": 0.035, "currency": 0.035, "two_hop": 0.035, "ioi": 0.075, "copy": 0.09,
     "undeclared": 0.015, "refusal": 0.03, "sentiment": 0.04, "unknown": 0.055, "greeting": 0.01,
 }
 TOOL_SHARE = 0.35  # of the examples whose prompt declares tools

@@ -62,8 +62,15 @@ def draw_operand(rng: Random, max_digits: int) -> int:
     return rng.randint(0 if length == 1 else 10 ** (length - 1), 10**length - 1)
 
 
+MEDIUM_COLUMNS = 3
+
+
 def sum_columns(first: int, second: int) -> tuple[str, str]:
-    """The column sums from the right, zero padded: (without carries, numbered lines with carries)."""
+    """The column sums from the right, zero padded: (the last three without carries, all with carries).
+
+    What medium effort leaves out is what sets it apart from high: it can add long numbers no better than low
+    can add short ones.
+    """
     width = max(len(str(first)), len(str(second)))
     plain, lines, carry = [], [], 0
     columns = zip(str(first).zfill(width)[::-1], str(second).zfill(width)[::-1], strict=True)
@@ -72,7 +79,7 @@ def sum_columns(first: int, second: int) -> tuple[str, str]:
         plain.append(f"{top}+{bottom}={total}")
         lines.append(f"{number}:{top}+{bottom}+{carry}={total + carry}")
         carry = (total + carry) // 10
-    return ",".join(plain) + ".", "\n".join(lines)
+    return ",".join(plain[:MEDIUM_COLUMNS]) + ".", "\n".join(lines)
 
 
 def addition_turn(task: str, user: str, first: int, second: int, effort: str, final: str) -> Turn:
@@ -83,8 +90,8 @@ def addition_turn(task: str, user: str, first: int, second: int, effort: str, fi
 
 
 def addition(rng: Random, setting: Setting) -> Turn:
-    """Half of the sums stay short, so that the common case is the best learnt."""
-    longest = setting.max_digits if rng.random() < 0.5 else min(3, setting.max_digits)
+    """A third of the sums stay short, so that the common case is the best learnt."""
+    longest = setting.max_digits if rng.random() < 0.67 else min(3, setting.max_digits)
     first, second = draw_operand(rng, longest), draw_operand(rng, longest)
     forms = ("What is {} + {}?", "Add {} and {}.", "{} + {} = ?")
     user = rng.choices(forms, (8, 1, 1))[0].format(first, second)
