@@ -14,17 +14,18 @@ CELLS = ["import gptoss_workbench as wb\nmodel = wb.load()", "dash = wb.explore(
 ODD = ("<b>x</b> <img src=x onerror=window.__pwned=1> \U0001f9d1\u200d\U0001f680 \u202eabc\u202c \u05e9\u05dc "
        "a\u200bb\n$x$")
 INK = "getComputedStyle(document.querySelector('.gptoss-title')).color"
+# After some tokens it all but stands still, so that Stop comes in the middle on the slowest machine too.
 SLOW = """
-import time
-def slowly(model, seconds):
+import itertools, time
+def slowly(model):
     generate = model.generate
     def made(*args, **options):
-        generation = generate(*args, **options)
+        generation, steps = generate(*args, **options), itertools.count()
         advance = generation._driver.advance
-        generation._driver.advance = lambda g: (time.sleep(seconds), advance(g))[1]
+        generation._driver.advance = lambda g: (time.sleep(0.15 if next(steps) < 10 else 3), advance(g))[1]
         return generation
     model.generate = made
-slowly(model, 0.15)
+slowly(model)
 """
 
 
@@ -192,12 +193,14 @@ def check_answer(dashboard, lab_page):
     dashboard.find("button.gptoss-start").click()
     dashboard.page.wait_for_selector(".gptoss-answer[data-running='true'] .gptoss-channel-analysis", timeout=30_000)
     counts = set()
-    for _ in range(12):
+    for _ in range(200):
         counts.add(dashboard.find(".gptoss-token").count())
+        if len(counts) == 3:
+            break
         dashboard.page.wait_for_timeout(100)
-    assert len(counts) >= 3 and max(counts) > prompt  # it grows while it is written
+    assert len(counts) == 3 and max(counts) > prompt  # it grows while it is written
     dashboard.find("button.gptoss-stop").click()
-    dashboard.page.wait_for_selector(".gptoss-answer[data-running='false']", timeout=10_000)
+    dashboard.page.wait_for_selector(".gptoss-answer[data-running='false']", timeout=30_000)
     dashboard.settle()
     assert dashboard.find(".gptoss-answer .gptoss-legend").inner_text().startswith("stopped by you")
     assert lab_page.execute("del model.generate") == "ok"
