@@ -11,12 +11,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
 PIP_INSTALL := $(PY) -m pip install -qq --progress-bar off -c constraints.txt
 
-.PHONY: help lab test bench lint notebooks wheel
+.PHONY: help lab test test-long parity fuzz bench bench-20b lint notebooks wheel
 
 help:
 	@echo "make lab        open JupyterLab on $(NOTEBOOK)   (LAB_ARGS=... is passed on)"
 	@echo "make test       everything: unit, notebook and browser tests   (TEST_ARGS=... is passed to pytest)"
-	@echo "make bench      the benchmarks"
+	@echo "make test-long  sessions of edits, interrupts and failures, 500 of 30 steps (hours)"
+	@echo "make parity     compare every site and layer with transformers, and write the table"
+	@echo "make fuzz       load 10,000 damaged checkpoints, and count what becomes of them"
+	@echo "make bench      the benchmarks; make bench-20b: a checkpoint of gpt-oss-20b's shape (writes 13.8 GB for a while)"
 	@echo "make lint       ruff and pyright"
 	@echo "make notebooks  run the notebooks anew and clean them"
 	@echo "make wheel      build dist/*.whl"
@@ -58,9 +61,25 @@ test: export OMP_WAIT_POLICY = PASSIVE
 test: $(VENV)/.dev
 	@$(PY) -m pytest tests $(wildcard notebooks) $(NBVAL) --ignore=tests/benchmarks $(TEST_ARGS)
 
+test-long: export OMP_WAIT_POLICY = PASSIVE
+test-long: export GPTOSS_TEST_LONG = 1
+test-long: $(VENV)/.dev
+	@$(PY) -m pytest tests/hooks/test_states.py $(TEST_ARGS)
+
+parity: export OMP_WAIT_POLICY = PASSIVE
+parity: $(VENV)/.dev
+	@$(PY) -m tests.parity.report
+
+fuzz: $(VENV)/.dev
+	@$(PY) -m tests.fuzz.run
+
 bench: export OMP_WAIT_POLICY = PASSIVE
 bench: $(VENV)/.dev
 	@$(PY) -m pytest tests/benchmarks -s $(TEST_ARGS)
+
+bench-20b: export OMP_WAIT_POLICY = PASSIVE
+bench-20b: $(VENV)/.dev
+	@$(PY) -m pytest tests/benchmarks/bench_full_shape.py -s $(TEST_ARGS)
 
 lint: $(VENV)/.dev
 	@$(VENV)/bin/ruff check .

@@ -10,19 +10,19 @@ E experts, k experts chosen per token, F expert width, N = B*T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from gptoss_kernels.mxfp4 import Mxfp4Tensor, dequantize
+from gptoss_kernels import dense
+from gptoss_kernels.experts import ExpertWeight, expert_products
 
 name = "reference"
 
-ExpertWeight = Mxfp4Tensor | Tensor
 
-SCRATCH_VALUES = 1 << 20  # decoded at a time, if one expert is not larger: many small experts cost one lookup together
+def missing(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this cannot compute there (see ``gptoss_kernels.select``): plain torch always can."""
+    return None
 
 
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -81,7 +81,7 @@ def attention_scores(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
     b, t, heads, size = q.shape
     groups = heads // k.shape[2]
     q = q.view(b, t, k.shape[2], groups, size).permute(0, 2, 3, 1, 4).reshape(b, k.shape[2], groups * t, size)
-    scores = torch.matmul(q, k.permute(0, 2, 3, 1)) * size**-0.5
+    scores = dense.matmul(q, k.permute(0, 2, 3, 1)) * size**-0.5
     return scores.view(b, heads, t, -1).masked_fill(~visible[:, None], -math.inf)
 
 
@@ -99,7 +99,7 @@ def attention_values(pattern: Tensor, v: Tensor) -> Tensor:
     b, heads, t, _ = pattern.shape
     kv_heads = v.shape[2]
     weights = pattern[..., :-1].reshape(b, kv_heads, heads // kv_heads * t, -1)
-    return torch.matmul(weights, v.transpose(1, 2)).view(b, heads, t, -1).transpose(1, 2)
+    return dense.matmul(weights, v.transpose(1, 2)).view(b, heads, t, -1).transpose(1, 2)
 
 
 def choose_experts(logits: Tensor, k: int) -> Tensor:
@@ -121,29 +121,13 @@ def expert_linear(x: Tensor, experts: Tensor, weight: ExpertWeight, bias: Tensor
         weight: (E, out, in), packed MXFP4 or dense.
         bias: (E, out). Added after the product was rounded, as in the published code.
 
-    A packed expert is decoded when a token chose it and dropped afterwards, so memory stays at the packed size.
+    A packed expert is decoded when a token chose it and dropped afterwards, so memory stays at the packed size, in the
+    backward pass too (``gptoss_kernels.experts``). Differentiable in x and bias; the weights are constants.
     """
     n, k = experts.shape
     flat = experts.reshape(-1)
-    order = flat.argsort(stable=True)  # rows of the same expert next to each other
-    sources = x[order // k] if x.dim() == 2 else x.reshape(n * k, -1)[order]
-    counts = torch.bincount(flat, minlength=weight.shape[0]).tolist()
-    chosen = [expert for expert, count in enumerate(counts) if count]
-    pieces = sources.split([counts[expert] for expert in chosen])
-    products = torch.cat([F.linear(piece, w) for piece, w in zip(pieces, _dense(weight, chosen, x.dtype))])
-    out = torch.empty_like(products)
-    out[order] = products
-    return (out + bias[flat]).view(n, k, -1)
-
-
-def _dense(weight: ExpertWeight, experts: list[int], dtype: torch.dtype) -> Iterator[Tensor]:
-    """The (out, in) matrices of some experts in turn, decoded as many at a time as the scratch holds."""
-    if not isinstance(weight, Mxfp4Tensor):
-        yield from (weight[expert] for expert in experts)
-        return
-    together = max(1, SCRATCH_VALUES // (weight.shape[1] * weight.shape[2]))
-    for start in range(0, len(experts), together):
-        yield from dequantize(weight[experts[start : start + together]], dtype)
+    rows = x[:, None].expand(n, k, -1) if x.dim() == 2 else x
+    return (expert_products(rows.reshape(n * k, -1), flat, weight) + bias[flat]).view(n, k, -1)
 
 
 def split_gate_up(gate_up: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,3 +145,92 @@ def swiglu(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
 def combine_experts(outputs: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum over slots: outputs (N, k, d), weights (N, k) -> (N, d); one contraction, one rounding."""
     return torch.bmm(weights[:, None, :], outputs)[:, 0]
+
+
+# What faster kernels do in one go. Each is the composition of the functions above, with the roundings in the same
+# places, so that a hook between the pieces sees what the fused form computes.
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in), weight (out, in), bias (out,) -> (..., out), in x's dtype."""
+    return dense.linear(x, weight, bias)
+
+
+def project_qkv(
+    x: Tensor, q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, rotated, and values: x (B, T, d) -> (B, T, H, D), (B, T, K, D), (B, T, K, D).
+
+    Args:
+        q, k, v: weight (heads * D, d) and bias (heads * D,) of each projection.
+        cos, sin: (B, T, D/2), see ``rope_tables``.
+    """
+    def heads(y: Tensor) -> Tensor:
+        return y.view(*y.shape[:2], -1, 2 * cos.shape[-1])
+
+    return (apply_rope(heads(linear(x, *q)), cos, sin), apply_rope(heads(linear(x, *k)), cos, sin),
+            heads(linear(x, *v)))
+
+
+def add_norm(x: Tensor, delta: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Both x + delta and its norm: x, delta (..., d), scale (d,) float32 -> two of (..., d)."""
+    total = x + delta
+    return total, rms_norm(total, scale, eps)
+
+
+def route(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Choose experts and weigh them: (..., E) -> (..., k) int64, (..., k) in the logits' dtype."""
+    chosen = choose_experts(logits, k)
+    return chosen, expert_weights(logits, chosen)
+
+
+def expert_mixture(
+    x: Tensor, experts: Tensor, weights: Tensor, gate_up: ExpertWeight, gate_up_bias: Tensor, down: ExpertWeight,
+    down_bias: Tensor, alpha: float, limit: float,
+) -> Tensor:
+    """A whole layer of experts: x (N, d), experts (N, k) int64, weights (N, k) -> (N, d).
+
+    Args:
+        gate_up, gate_up_bias: (E, 2F, d) and (E, 2F), gate and up rows interleaved.
+        down, down_bias: (E, d, F) and (E, d).
+        alpha, limit: see ``swiglu``.
+    """
+    gate, up = split_gate_up(expert_linear(x, experts, gate_up, gate_up_bias))
+    outputs = expert_linear(swiglu(gate, up, alpha, limit), experts, down, down_bias)
+    return combine_experts(outputs, weights)
+
+
+def visible_keys(positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
+    """Which keys a query may look at: (B, T) and (B, S) -> (B, T, S) bool.
+
+    Never later ones, nor padding (a negative position), nor those ``window`` or more behind when there is a window.
+    """
+    distance = positions[:, :, None] - key_positions[:, None, :]
+    visible = (distance >= 0) & (key_positions[:, None, :] >= 0)
+    return visible if window is None else visible & (distance < window)
+
+
+def attention_shown(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, positions: Tensor, key_positions: Tensor, window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention as it is computed, for hooks that look and change nothing.
+
+    Args:
+        q: (B, T, H, D) at ``positions`` (B, T), each row counting up by one.
+        k, v: (B, S, K, D) at ``key_positions`` (B, S), each row counting up by one, negative for padding.
+        sinks: (H,).
+        window: how many keys a query reaches, itself included; None for all.
+
+    Returns:
+        z (B, T, H, D), scores (B, H, T, S), pattern (B, H, T, S + 1).
+    """
+    scores = attention_scores(q, k, visible_keys(positions, key_positions, window))
+    pattern = softmax_with_sink(scores, sinks)
+    return attention_values(pattern, v), scores, pattern
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, positions: Tensor, key_positions: Tensor, window: int | None,
+) -> Tensor:
+    """z (B, T, H, D) of ``attention_shown``, for when nobody looks inside."""
+    return attention_shown(q, k, v, sinks, positions, key_positions, window)[0]

@@ -24,7 +24,8 @@ chromium, lab_root, lab_url, lab_page, screenshots = (
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     asked = any("benchmarks" in str(arg) for arg in parent.config.args)
-    if asked and file_path.suffix == ".py" and file_path.name.startswith("bench_"):
+    named = parent.session.isinitpath(file_path)  # pytest collects what is named itself
+    if asked and not named and file_path.suffix == ".py" and file_path.name.startswith("bench_"):
         return pytest.Module.from_parent(parent, path=file_path)
     return None
 

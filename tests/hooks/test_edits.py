@@ -261,5 +261,6 @@ def test_nothing_stays(tiny, clean) -> None:
 
 
 def test_edits_print_what_they_do() -> None:
-    assert repr(wb.add("router.logits", 100.0, layer=1, expert=0)) == "add('router.logits', layer=1, expert=0, 100.0)"
-    assert repr(wb.ban_experts(layer=5, experts=[3, 7])) == "ban_experts('router.logits', layer=5, expert=(3, 7))"
+    assert repr(wb.add("router.logits", 100.0, layer=1, expert=0)) == \
+        "wb.add('router.logits', 100.0, layer=1, expert=0)"
+    assert repr(wb.ban_experts(layer=5, experts=[3, 7])) == "wb.ban_experts(layer=5, experts=(3, 7))"

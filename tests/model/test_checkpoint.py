@@ -221,7 +221,7 @@ def test_headers_agree_with_the_library(folders: dict[str, Path]) -> None:
             with safe_open(file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
                     part = opened.get_slice(name)
-                    assert plan.tensors[name] == (file, part.get_dtype(), tuple(part.get_shape()))
+                    assert plan.tensors[name][:3] == (file, part.get_dtype(), tuple(part.get_shape()))
 
 
 def test_other_compute_dtypes(folders: dict[str, Path]) -> None:

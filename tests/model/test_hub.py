@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -191,6 +194,28 @@ def test_cached_copy_without_a_tokenizer_counts_as_complete(cache: Path) -> None
     assert "only a part of it" in str(refusal("someone/tiny").got)
 
 
+def test_refs_missing(cache: Path) -> None:
+    """The files are there, but nothing says which commit the branch is: say which there are."""
+    snapshot = cached(cache)
+    (snapshot.parents[1] / "refs" / "main").unlink()
+    error = refusal("someone/tiny")
+    assert "which commit main is" in error.problem and "someone/tiny" in str(error.where)
+    assert "refs/main" in str(error.expected) and COMMIT in str(error.got)
+    assert "hf download someone/tiny" in str(error.hint)
+    assert resolve("someone/tiny", revision=COMMIT).resolve() == snapshot.resolve()
+
+
+def test_branch_that_moved(cache: Path) -> None:
+    """Each load has the folder of its own commit; the earlier one stays in reach."""
+    first = cached(cache)
+    later = first.with_name("f" * 40)
+    shutil.copytree(first, later, symlinks=True)
+    assert resolve("someone/tiny").resolve() == first.resolve()
+    (first.parents[1] / "refs" / "main").write_text(later.name)
+    assert resolve("someone/tiny").resolve() == later.resolve()
+    assert resolve("someone/tiny", revision=COMMIT).resolve() == first.resolve()
+
+
 def test_offline_mode_asks_nobody(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(hub, "_answers", lambda endpoint: pytest.fail("the endpoint was asked"))
@@ -262,14 +287,38 @@ def test_answers_other_than_files(kind: str, status: int, problem: str, hint: st
     assert "hf_abcdefgh" not in str(error)
 
 
-def test_full_disk(monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]) -> None:
+def test_full_disk(cache: Path, monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]) -> None:
     import huggingface_hub
 
     def fail(name: str, **options: Any) -> str:
         raise OSError(28, "No space left on device")
 
+    def information(api: Any, name: str, **options: Any) -> Any:
+        files = {"config.json": 2000, "model-00000-of-00001.safetensors": 13_800_000_000, "README.md": 10**10,
+                 "original/model.safetensors": 13_700_000_000}
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=files[name]) for name in files])
+
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    assert "No space left" in str(refusal("someone/tiny").got)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", information)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2_500_000_000))
+    error = refusal("someone/tiny")
+    assert error.problem == "the disk is full" and str(cache) in str(error.where)
+    assert error.expected == "13.8 GB for it" and error.got == "2.5 GB free" and "HF_HOME" in str(error.hint)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    assert refusal("someone/tiny").expected == "more for it"
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_read_only_cache(code: int, cache: Path, monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]) -> None:
+    import huggingface_hub
+
+    def fail(name: str, **options: Any) -> str:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    error = refusal("someone/tiny")
+    assert error.problem == "the cache of the Hub cannot be written" and error.where == str(cache)
+    assert os.strerror(code) in str(error.got) and "someone/tiny" in str(error.got) and "HF_HOME" in str(error.hint)
 
 
 def test_the_client_is_imported_only_when_asked(tmp_path: Path) -> None:

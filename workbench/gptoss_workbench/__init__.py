@@ -16,36 +16,61 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "load": "model.model", "Model": "model.model", "Run": "model.run", "Generation": "model.generation",
-    "chat": "harmony.conversation",
-    "capture": "hooks.capture", "SITES": "hooks.sites",
+    "verify": "model.verify", "doctor": "checkup",
+    "chat": "harmony.conversation", "open_data": "store.saved",
+    "capture": "hooks.capture", "SITES": "hooks.sites", "POOLED": "hooks.sites", "where": "hooks.selection",
     "set": "hooks.edits", "add": "hooks.edits", "scale": "hooks.edits", "zero": "hooks.edits", "mean": "hooks.edits",
-    "patch": "hooks.edits", "steer": "hooks.edits", "apply": "hooks.edits",
-    "ban_experts": "hooks.routing", "force_experts": "hooks.routing", "replay_routes": "hooks.routing",
-    "cut_attention": "hooks.routing",
+    "noise": "hooks.edits", "patch": "hooks.edits", "steer": "hooks.edits", "project": "hooks.edits",
+    "apply": "hooks.edits", "edit_from_json": "hooks.serial",
+    "cut_attention": "hooks.attention", "pin_attention": "hooks.attention", "scale_sink": "hooks.attention",
+    "silence_experts": "hooks.routing", "ban_experts": "hooks.routing", "route_around": "hooks.routing",
+    "force_experts": "hooks.routing", "swap_experts": "hooks.routing", "router_temperature": "hooks.routing",
+    "replay_routes": "hooks.routing",
     "patching": "experiments.patching", "logit_diff": "experiments.metrics", "Metric": "experiments.metrics",
     "logit_lens": "experiments.lens", "next_tokens": "experiments.lens",
     "expert_usage": "experiments.usage", "token_quantity": "experiments.quantities",
     "TOKEN_QUANTITIES": "experiments.quantities",
+    "head_contributions": "experiments.decompose", "expert_contributions": "experiments.decompose",
+    "decompose_residual": "experiments.decompose", "COMPONENT_SITES": "experiments.parts",
+    "direct_logit_attribution": "experiments.direct_attribution", "gradients": "experiments.gradients",
 }
-_ROOMS = ("errors", "harmony", "hooks", "model", "experiments", "plots", "nano")
+_ROOMS = ("errors", "harmony", "hooks", "model", "experiments", "plots", "store", "nano")
 
 __all__ = [*_WHERE, *_ROOMS, "explore"]
 
 if TYPE_CHECKING:
-    from gptoss_workbench import errors, experiments, harmony, hooks, model, nano, plots
+    from gptoss_workbench import errors, experiments, harmony, hooks, model, nano, plots, store
+    from gptoss_workbench.checkup import doctor
+    from gptoss_workbench.experiments.decompose import decompose_residual, expert_contributions, head_contributions
+    from gptoss_workbench.experiments.direct_attribution import direct_logit_attribution
+    from gptoss_workbench.experiments.gradients import gradients
     from gptoss_workbench.experiments.lens import logit_lens, next_tokens
     from gptoss_workbench.experiments.metrics import Metric, logit_diff
+    from gptoss_workbench.experiments.parts import COMPONENT_SITES
     from gptoss_workbench.experiments.patching import patching
     from gptoss_workbench.experiments.quantities import TOKEN_QUANTITIES, token_quantity
     from gptoss_workbench.experiments.usage import expert_usage
     from gptoss_workbench.harmony.conversation import chat
+    from gptoss_workbench.hooks.attention import cut_attention, pin_attention, scale_sink
     from gptoss_workbench.hooks.capture import capture
-    from gptoss_workbench.hooks.edits import add, apply, mean, patch, scale, set, steer, zero
-    from gptoss_workbench.hooks.routing import ban_experts, cut_attention, force_experts, replay_routes
-    from gptoss_workbench.hooks.sites import SITES
+    from gptoss_workbench.hooks.edits import add, apply, mean, noise, patch, project, scale, set, steer, zero
+    from gptoss_workbench.hooks.routing import (
+        ban_experts,
+        force_experts,
+        replay_routes,
+        route_around,
+        router_temperature,
+        silence_experts,
+        swap_experts,
+    )
+    from gptoss_workbench.hooks.selection import where
+    from gptoss_workbench.hooks.serial import edit_from_json
+    from gptoss_workbench.hooks.sites import POOLED, SITES
     from gptoss_workbench.model.generation import Generation
     from gptoss_workbench.model.model import Model, load
     from gptoss_workbench.model.run import Run
+    from gptoss_workbench.model.verify import verify
+    from gptoss_workbench.store.saved import open_data
 
 
 def __getattr__(name: str) -> Any:

@@ -44,9 +44,30 @@ class CheckpointError(WorkbenchError):
         expected: object = None, got: object = None, hint: str | None = None,
     ) -> None:
         self.file, self.tensor = file, tensor
-        parts = [f"file {file}" if file else "", f"tensor {tensor}" if tensor else ""]
+        parts = [f"file {one_line(file)}" if file else "", f"tensor {tensor}" if tensor else ""]
         where = ", ".join(part for part in parts if part)
         super().__init__(problem, expected=expected, got=got, hint=hint, where=where or None)
+
+
+def one_line(text: object) -> str:
+    """A text from outside as one line: what does not print is shown escaped."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in str(text))
+
+
+class CorruptFile(CheckpointError):
+    """The bytes of one file are damaged: delete it and download it again."""
+
+
+class MissingShard(CheckpointError):
+    """Files of the checkpoint are not there: download the rest."""
+
+
+class ModifiedConfig(CheckpointError):
+    """Constants that no tensor proves differ from the published ones: ``allow_modified_config=True`` if meant so."""
+
+
+class NotEnoughMemory(CheckpointError):
+    """The weights do not fit, known before any was read."""
 
 
 class ModelNotFound(WorkbenchError):
@@ -63,6 +84,10 @@ class PromptError(WorkbenchError):
 
 class SiteError(WorkbenchError):
     """A capture or an edit names a site, layer, token, head or expert that does not exist."""
+
+
+class CaptureTooLarge(WorkbenchError):
+    """A capture that would not fit into memory, known before anything was computed."""
 
 
 class EditError(WorkbenchError):

@@ -10,6 +10,7 @@ from torch import Tensor
 from gptoss_workbench.experiments.rows import log_probs, row_id_and_text
 from gptoss_workbench.hooks.selection import resolve
 from gptoss_workbench.model.model import Model
+from gptoss_workbench.model.provenance import with_method
 from gptoss_workbench.model.run import Run
 
 
@@ -30,7 +31,8 @@ def next_tokens(model: Model, run: Run, token: int = -1, top: int = 10) -> xr.Da
     out = _top(model, log_probs(model, hidden)[None], top)
     logits = model.transformer.unembed_rows(hidden).float()
     order = log_probs(model, hidden).topk(out.sizes["rank"]).indices
-    return out.isel(layer=0, drop=True).assign(logit=("rank", logits[order].cpu().numpy()))
+    out = out.isel(layer=0, drop=True).assign(logit=("rank", logits[order].cpu().numpy()))
+    return out.assign_attrs(provenance=with_method(run.provenance, "next_tokens", token=position, top=top))
 
 
 @torch.no_grad()
@@ -58,7 +60,8 @@ def logit_lens(model: Model, run: Run, token: int = -1, top: int = 5) -> xr.Data
     out = _top(model, log_probs(model, norm), top)
     layers = run.layers("resid_post")
     bands = ("layer", [model.config.bands[layer] for layer in layers])
-    return out.assign_coords(layer=layers, band=bands).assign_attrs(token=position)
+    record = with_method(run.provenance, "logit_lens", token=position, top=top)
+    return out.assign_coords(layer=layers, band=bands).assign_attrs(token=position, provenance=record)
 
 
 def _top(model: Model, log_p: Tensor, top: int) -> xr.Dataset:

@@ -16,6 +16,7 @@ from gptoss_workbench.experiments.metrics import Metric
 from gptoss_workbench.hooks.edits import patch
 from gptoss_workbench.hooks.sites import site as site_named
 from gptoss_workbench.model.model import Model, Prompt
+from gptoss_workbench.model.provenance import with_method
 
 TOKENS_PER_BATCH = 4096  # bounds memory; larger batches were not faster on two cores
 
@@ -37,7 +38,7 @@ def patching(
 
     Returns:
         (layer, token) float32, the tokens labelled as in the clean prompt, ``corrupt_text`` beside them; attrs hold the
-        metric's name and its values for both prompts.
+        metric's name and its values for both prompts, and the provenance as JSON.
 
     Raises:
         ExperimentError: the prompts differ in length, or normalising would divide by zero.
@@ -89,7 +90,9 @@ def patching(
         coords={"layer": range(layers), "band": ("layer", list(model.config.bands)),
                 **runs[0].token_coords("token"), "corrupt_text": ("token", corrupt_text)},
         attrs={"site": site, "metric": metric.name, "clean": clean_value, "corrupt": corrupt_value,
-               "model": model.name},
+               "model": model.name,
+               "provenance": with_method(runs[1].provenance, "patching", clean=runs[0].ids, site=site,
+                                         metric=metric.name, normalize=normalize)},
     )
 
 

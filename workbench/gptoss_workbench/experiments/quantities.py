@@ -12,6 +12,7 @@ from torch import Tensor
 from gptoss_workbench.errors import ExperimentError
 from gptoss_workbench.experiments.rows import entropy, token_log_probs
 from gptoss_workbench.model.model import Model
+from gptoss_workbench.model.provenance import with_method
 from gptoss_workbench.model.run import Run
 
 
@@ -74,4 +75,6 @@ def token_quantity(model: Model, run: Run, name: str) -> xr.DataArray:
     coords = run.token_coords("token")
     if len(values) != len(run.positions):  # computed from all tokens although only some were captured
         values = values[run.positions]
-    return xr.DataArray(values, dims="token", coords=coords, name=name, attrs={"long_name": text, "units": unit})
+    record = with_method(run.provenance, "token_quantity", name=name)
+    return xr.DataArray(values, dims="token", coords=coords, name=name,
+                        attrs={"long_name": text, "units": unit, "provenance": record})

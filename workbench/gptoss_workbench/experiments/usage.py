@@ -6,6 +6,7 @@ import torch
 import xarray as xr
 
 from gptoss_workbench.hooks.selection import Indices, freeze, resolve
+from gptoss_workbench.model.provenance import with_method
 from gptoss_workbench.model.run import Run
 
 
@@ -35,5 +36,6 @@ def expert_usage(run: Run, tokens: Indices = None) -> xr.DataArray:
         (received / max(count, 1)).numpy(), dims=("layer", "expert"), name="router weight",
         coords={"layer": kept, "band": ("layer", [run.model.config.bands[layer] for layer in kept]),
                 "expert": range(received.shape[1])},
-        attrs={"tokens": count, "units": "mean share of the router's weight"},
+        attrs={"tokens": count, "units": "mean share of the router's weight",
+               "provenance": with_method(run.provenance, "expert_usage", tokens=list(columns))},
     )

@@ -15,7 +15,7 @@ import lzma
 from pathlib import Path
 
 from gptoss_workbench.errors import VocabularyError
-from gptoss_workbench.harmony.tokens import RANKS
+from gptoss_workbench.harmony.tokens import NAMES, RANKS, SIZE
 
 SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
 """sha256 of ``o200k_base.tiktoken``, as openai-harmony has it built in."""
@@ -73,7 +73,8 @@ def unpack(blob: bytes, *, where: str | None = None) -> list[bytes]:
 
 
 def from_tokenizer_json(path: Path) -> list[bytes]:
-    """The ``tokenizer.json`` of a checkpoint -> ranks. Only ``model.vocab`` is read: ids are the ranks.
+    """The ``tokenizer.json`` of a checkpoint -> ranks: the ids in ``model.vocab``. Where it lists special tokens in
+    ``added_tokens``, they must be those of gpt-oss.
 
     Raises:
         VocabularyError: the file is damaged, or holds another vocabulary.
@@ -81,7 +82,9 @@ def from_tokenizer_json(path: Path) -> list[bytes]:
     alphabet = _byte_of_character()
     ranks: list[bytes | None] = [None] * RANKS
     try:
-        vocab = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        vocab, added = whole["model"]["vocab"], whole.get("added_tokens") or []
+        specials = {token["content"]: token["id"] for token in added}
         for text, token in vocab.items():
             if 0 <= token < RANKS:
                 ranks[token] = bytes(alphabet[character] for character in text)
@@ -98,7 +101,23 @@ def from_tokenizer_json(path: Path) -> list[bytes]:
             got=f"{len(found)} of them", hint="take the tokenizer.json of a gpt-oss checkpoint",
         )
     to_tiktoken(found, where=str(path))
+    if specials:
+        _check_specials(specials, path)
     return found
+
+
+def _check_specials(specials: dict[str, int], path: Path) -> None:
+    """Special tokens are found by id, so one that moved would mean something else to the model."""
+    def refuse(expected: str, got: str) -> VocabularyError:
+        return VocabularyError("The tokenizer does not belong to this model.", where=str(path), expected=expected,
+                               got=got, hint="take the tokenizer.json of a gpt-oss checkpoint")
+
+    for token, name in NAMES.items():
+        if specials.get(name) != token:
+            raise refuse(f"{name} to be {token}", f"{specials.get(name, 'no such token')}")
+    odd = next((name for name, token in specials.items() if not RANKS <= token < SIZE), None)
+    if odd is not None:
+        raise refuse(f"special tokens from {RANKS} to {SIZE - 1}", f"{odd[:80]!r} is {specials[odd]}")
 
 
 def _byte_of_character() -> dict[str, int]:

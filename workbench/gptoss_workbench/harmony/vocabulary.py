@@ -132,6 +132,28 @@ def load_vocabulary(folder: Path | str | None = None) -> Vocabulary:
         return _loaded
 
 
+def check_tokenizer(folder: Path | str, rows: int) -> None:
+    """Hold the ``tokenizer.json`` of a checkpoint, if it has one, to gpt-oss and to the model's vocabulary.
+
+    Args:
+        rows: how many tokens the model has an embedding for.
+
+    Raises:
+        VocabularyError: it is damaged, has other text or special tokens, or more tokens than the model.
+    """
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        return
+    if rows != SIZE:
+        raise VocabularyError(
+            "The tokenizer does not belong to this model.", where=str(path),
+            expected=f"{SIZE} tokens, as the tokenizer of gpt-oss has", got=f"vocab_size = {rows} in config.json",
+            hint="take tokenizer.json and config.json from the same place",
+        )
+    with _lock:
+        _proven_ranks(path)
+
+
 def _proven_ranks(path: Path) -> Callable[[], list[bytes]] | None:
     """Prove a tokenizer.json right: once for each process, then None, for something is loaded by then."""
     state = path.stat()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,9 +13,11 @@ import xarray as xr
 from torch import Tensor
 
 from gptoss_workbench.harmony.spans import Span, parse
-from gptoss_workbench.hooks.capture import Capture
+from gptoss_workbench.hooks.capture import Capture, Layout
 from gptoss_workbench.hooks.edits import Edit
+from gptoss_workbench.hooks.taps import Filed, group
 from gptoss_workbench.model.cache import KVCache
+from gptoss_workbench.model.provenance import Provenance, Settings, record
 from gptoss_workbench.model.run import Place, Run, join_chunks
 from gptoss_workbench.model.sampling import Sampling, sample
 
@@ -63,6 +66,7 @@ class Generation:
     def __init__(self, model: Model, prompt: Sequence[int], driver: Driver, row: int) -> None:
         self._model, self._driver, self._row = model, driver, row
         self.prompt = list(prompt)
+        self._created = time.time()
         self.reason: str | None = None
         self.steps: list[Step] = []
         self._begun = False  # whether somebody iterates this one; in a batch the rows advance together all the same
@@ -106,6 +110,12 @@ class Generation:
         return self.prompt + self.tokens
 
     @property
+    def provenance(self) -> Provenance:
+        """Where it comes from: weights, versions, prompt ids, sampling, edits; and the ids generated so far."""
+        return record(self._model, self.prompt, generated=[step.token for step in list(self.steps)],
+                      edits=self._driver.edits, settings=self._driver.settings[self._row], created=self._created)
+
+    @property
     def spans(self) -> list[Span]:
         """Spans of the generated part; their positions count from its first token."""
         tokens = self.tokens
@@ -128,8 +138,11 @@ class Generation:
     def run(self) -> Run:
         """What was read so far as a Run: captures, and hidden states of prompt and generation."""
         ids = self.ids
-        hidden, kept, positions = self._driver.so_far(self._row)
-        return Run(self._model, ids[: len(hidden)], hidden, kept, positions, self._driver.edits)
+        hidden, kept, positions, layout = self._driver.so_far(self._row)
+        generated = max(0, len(hidden) - len(self.prompt))
+        settings = self._driver.settings[self._row]._replace(generated=generated)
+        return Run(self._model, ids[: len(hidden)], hidden, kept, positions, self._driver.edits, settings=settings,
+                   layout=layout)
 
 
 class Driver:
@@ -144,11 +157,13 @@ class Driver:
     ) -> None:
         self._model, self.edits, self._max, self._how = model, tuple(edits), max_tokens, how
         self._stop_ids, self._prompts = stop_ids, [list(prompt) for prompt in prompts]
-        self._taps = model.new_taps(capture, edits, prompts, open_ended=True)
+        self._taps = model.new_taps(capture, edits, prompts, open_ended=True, more=max_tokens)
         self._capture = capture
+        self.settings = [Settings(row, len(prompts), None, 0, how, seed, max_tokens, stop_ids)
+                         for row, seed in enumerate(seeds)]
         self._rngs = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
         self.generations = [Generation(model, prompt, self, row) for row, prompt in enumerate(self._prompts)]
-        self._hidden: list[list[Tensor]] = [[] for _ in prompts]
+        self._read: list[tuple[dict[int, Tensor], Filed]] = []  # of each step: hidden states by prompt, captures
         self._stopped = threading.Event()
         self._stop_rows: set[int] = set()
         self._lock = threading.RLock()
@@ -167,23 +182,26 @@ class Driver:
                     self._step()
                     self._end_stopped()
             except KeyboardInterrupt:
+                self._taps.take()  # of the step that did not end
                 for row in self._active:
                     self.generations[row].reason = "interrupted"
                 self._active = []
             except BaseException:
+                self._taps.take()
                 for row in self._active:
                     self.generations[row].reason = "stopped"
                 self._active = []
                 raise
             return generation.reason is None
 
-    def so_far(self, row: int) -> tuple[Tensor, dict[Place, Tensor], list[int]]:
-        """Hidden states, captures and captured positions of one prompt."""
+    def so_far(self, row: int) -> tuple[Tensor, dict[Place, Tensor], list[int], Layout]:
+        """Hidden states, captures, captured positions and labels of one prompt."""
         with self._lock:
-            parts = self._hidden[row]
+            parts = [hidden[row] for hidden, _ in self._read if row in hidden]
             hidden = torch.cat(parts) if parts else torch.empty(0, self._model.config.hidden_size)
-            kept = join_chunks(self._taps.kept[row])
-            return hidden, kept, self._taps.positions_of(row, len(hidden))
+            own = [part for _, filed in self._read for part in filed if part[0] == row]
+            kept = join_chunks(group(own, len(self._prompts))[row], len(hidden))
+            return hidden, kept, self._taps.positions_of(row, len(hidden)), self._taps.layout(row)
 
     def _end_stopped(self) -> None:
         for row in [row for row in self._active if row in self._stop_rows]:
@@ -191,8 +209,8 @@ class Driver:
 
     def _leave(self, row: int, reason: str) -> None:
         keep = [i for i, other in enumerate(self._active) if other != row]
+        self.generations[row].reason = reason  # first: an interrupt must not leave a row that is neither
         self._active = [self._active[i] for i in keep]
-        self.generations[row].reason = reason
         if self._cache is not None:
             self._cache = self._cache.select(torch.tensor(keep, dtype=torch.int64, device=self._model.device))
 
@@ -209,10 +227,11 @@ class Driver:
             positions = torch.tensor([[step.position] for step in last], device=device)
         hidden, logits = self._model.read(ids, positions, self._cache, self._taps, rows)
         assert logits is not None  # of the last column
+        # One step at once, so that an interrupt leaves all of it or nothing.
+        self._read.append(({row: hidden[i][positions[i] >= 0] for i, row in enumerate(rows)}, self._taps.take()))
         ended: list[tuple[int, str]] = []
         for i, row in enumerate(rows):
             generation = self.generations[row]
-            self._hidden[row].append(hidden[i][positions[i] >= 0])
             token, logprob = sample(logits[i], self._how, self._rngs[row])
             index = len(generation.steps)
             position = len(self._prompts[row]) + index

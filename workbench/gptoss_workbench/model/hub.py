@@ -6,11 +6,14 @@ connection, and what is already in the cache is used when none comes.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import shutil
 import socket
 import threading
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,6 +29,8 @@ NEEDED = ("config.json", "*.safetensors", "model.safetensors.index.json")
 WELCOME = ("generation_config.json", "tokenizer.json")
 SUBFOLDERS = "*/*"
 
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+_CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _YES = {"1", "ON", "YES", "TRUE"}
 _ALTERNATIVES = "give a folder with the weights, or use wb.load() for the embedded model"
 
@@ -111,18 +116,49 @@ def _from_hub(name: str, revision: str | None) -> Path:
         raise ModelNotFound("the repository has no such revision", where=name, got=repr(revision),
                             hint="give a branch, a tag or a full commit hash") from error
     except errors.LocalEntryNotFoundError as error:
-        raise _not_at_hand(name, asked, offline, reachable, error) from error
+        raise _not_at_hand(name, revision, offline, reachable, error) from error
     except Exception as error:  # the client's errors differ from version to version
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            raise _no_room(name, revision, asked) from error
+        if isinstance(error, OSError) and error.errno in _CLOSED:
+            raise ModelNotFound("the cache of the Hub cannot be written", where=constants.HF_HUB_CACHE,
+                                got=f"{error.strerror or type(error).__name__}, for {asked}",
+                                hint="set HF_HOME to a folder that you may write to") from error
         raise ModelNotFound("the download failed", where=f"{asked} at {endpoint}",
                             got=f"{type(error).__name__}: {_first_line(error)}",
                             hint=f"try again: finished files are kept; or {_ALTERNATIVES}") from error
 
 
-def _not_at_hand(name: str, asked: str, offline: bool, reachable: bool, error: Exception) -> ModelNotFound:
+def _no_room(name: str, revision: str | None, asked: str) -> ModelNotFound:
+    import huggingface_hub
     from huggingface_hub import constants
 
+    cache = Path(constants.HF_HUB_CACHE)
+    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    needed = "more"
+    with suppress(Exception):  # the size is a courtesy
+        files = huggingface_hub.HfApi().model_info(name, revision=revision, files_metadata=True).siblings or []
+        wanted = [file for file in files if "/" not in file.rfilename
+                  and any(fnmatch(file.rfilename, pattern) for pattern in (*NEEDED, *WELCOME))]
+        needed = f"{sum(file.size or 0 for file in wanted) / 1e9:.1f} GB"
+    return ModelNotFound("the disk is full", where=f"{asked}, to be kept in {cache}", expected=f"{needed} for it",
+                         got=f"{shutil.disk_usage(there).free / 1e9:.1f} GB free",
+                         hint="make room (`hf cache rm`), or set HF_HOME to a folder on another disk")
+
+
+def _not_at_hand(name: str, revision: str | None, offline: bool, reachable: bool, error: Exception) -> ModelNotFound:
+    from huggingface_hub import constants
+
+    asked = f"{name} at revision {revision}" if revision else name
     partial = type(error).__name__ == "IncompleteSnapshotError"  # absent from older clients
     cached = f"{'only a part of it' if partial else 'no copy'} in the cache {constants.HF_HUB_CACHE}"
+    commits = _snapshots(name)
+    if commits and not partial:
+        return ModelNotFound(f"the cache does not say which commit {revision or 'main'} is", where=asked,
+                             expected=f"a file refs/{revision or 'main'} in the cache {constants.HF_HUB_CACHE}",
+                             got=f"snapshots without it: {', '.join(commits[:3])}",
+                             hint=f"give revision={commits[0]!r}, or run: hf download {name}"
+                             + (f" --revision {revision}" if revision else ""))
     if offline:
         problem, hint = "the Hub may not be asked: HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE to download"
     elif reachable:
@@ -132,6 +168,14 @@ def _not_at_hand(name: str, asked: str, offline: bool, reachable: bool, error: E
     return ModelNotFound(problem, where=f"{asked} at {constants.ENDPOINT}",
                          got=f"{cached}, and no folder {Path(name).absolute()}",
                          hint=f"{_ALTERNATIVES}; {hint}")
+
+
+def _snapshots(name: str) -> list[str]:
+    """Commits of a repository that the cache holds files of."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
+    return sorted(path.name for path in folder.glob("*") if any(path.iterdir())) if folder.is_dir() else []
 
 
 def _answers(endpoint: str, patience: float = PATIENCE) -> bool:

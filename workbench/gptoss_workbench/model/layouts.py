@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from gptoss_workbench.errors import CheckpointError
 from gptoss_workbench.model.config import ModelConfig
+from gptoss_workbench.model.files import shorten
 
 # kind of tensor -> dtypes it may have in the file
 NORM, DENSE, EXPERT, PACKED, ROWS = "norm", "dense", "expert", "packed", "rows"
@@ -215,6 +216,12 @@ def detect(names: Collection[str], folder: str) -> Layout:
         raise CheckpointError("these are not the weights of a gpt-oss model", file=folder,
                               expected="tensors named model.layers.N... or block.N..., with mlp experts",
                               got=some)
+    blocks = ends("_blocks", "_weight.blocks")
+    if blocks and not ends("_scales", "_weight.scales"):
+        raise CheckpointError("packed experts without any scales", file=folder, tensor=shorten(blocks),
+                              expected="a tensor of scales beside each one of blocks",
+                              got="blocks alone: unpacked experts under the names of packed ones, if transformers "
+                              "saved them after dequantize=True", hint="take _blocks off their names")
     compact = "row_of_token" in names or ends(".embed_tokens.rows", "lm_head.rows") is not None
     return Layout(original=original is not None, packed=packed is not None, compact=compact)
 
@@ -248,9 +255,3 @@ def implied_sizes(layout: Layout, shapes: Mapping[str, tuple[int, ...]], declare
     except (IndexError, ZeroDivisionError):
         return None
     return sizes if {slot.name: slot.shape for slot in layout.all(sizes)} == dict(shapes) else None
-
-
-def shorten(name: str) -> str:
-    """A tensor name fit for a message: control characters escaped, at most 80 characters."""
-    text = name.encode("unicode_escape").decode("ascii")
-    return text if len(text) <= 80 else text[:77] + "..."

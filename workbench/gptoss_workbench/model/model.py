@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -11,18 +13,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptoss_kernels import reference
+from gptoss_kernels import reference, select
 from gptoss_workbench.errors import PromptError, WorkbenchError
 from gptoss_workbench.harmony.conversation import render
-from gptoss_workbench.harmony.vocabulary import Vocabulary, load_vocabulary
+from gptoss_workbench.harmony.vocabulary import Vocabulary, check_tokenizer, load_vocabulary
+from gptoss_workbench.hooks import budget
+from gptoss_workbench.hooks.budget import CapturePlan
 from gptoss_workbench.hooks.capture import Capture, as_capture
-from gptoss_workbench.hooks.edits import Edit
-from gptoss_workbench.hooks.taps import Taps
+from gptoss_workbench.hooks.edits import Edit, as_edits
+from gptoss_workbench.hooks.prompts import Prompts
+from gptoss_workbench.hooks.taps import Taps, group
 from gptoss_workbench.model.cache import KVCache
-from gptoss_workbench.model.checkpoint import read_checkpoint
+from gptoss_workbench.model.checkpoint import Plan, read_checkpoint
 from gptoss_workbench.model.config import ModelConfig
 from gptoss_workbench.model.generation import Driver
 from gptoss_workbench.model.hub import resolve
+from gptoss_workbench.model.memory import Need, available, gigabytes
+from gptoss_workbench.model.origin import Origin, origin_of
+from gptoss_workbench.model.provenance import Provenance, Settings, record
 from gptoss_workbench.model.run import Run, RunBatch, join_chunks
 from gptoss_workbench.model.sampling import Sampling
 from gptoss_workbench.model.transformer import Transformer
@@ -32,6 +40,9 @@ if TYPE_CHECKING:
     pass
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LARGE = 1_000_000_000  # bytes
+WORTH_CHECKING = 64 << 20
+"""Bytes; a smaller capture is not held against the free memory, which takes time to find out."""
 EMBEDDED = Path(__file__).parent.parent / "nano" / "assets"
 
 Prompt = Any  # a string, token ids, or an openai_harmony Conversation
@@ -39,7 +50,8 @@ Prompt = Any  # a string, token ids, or an openai_harmony Conversation
 
 def load(
     name: str | Path | None = None, *, revision: str | None = None, dtype: str | torch.dtype | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "cpu", kernels: str | None = None, allow_modified_config: bool = False,
+    check_values: bool = True,
 ) -> Model:
     """Load a gpt-oss model; experts stay packed in MXFP4.
 
@@ -49,16 +61,40 @@ def load(
         dtype: ``"float32"`` or ``"bfloat16"``, of everything but the packed experts and the norms' scales. By default
             float32 for the embedded model, bfloat16 otherwise.
         device: where to compute.
+        kernels: ``"reference"``, ``"cpu"`` or ``"triton"``: what computes. By default what the environment variable
+            GPTOSS_KERNELS names, else for bfloat16 the fast ones of the device, else the reference. See ``wb.doctor``.
+        allow_modified_config: accept constants (window, experts a token, rotary settings, ...) other than those of the
+            published model with these sizes; no tensor can prove them.
+        check_values: look through all scales and dense tensors for values out of range while they are read.
 
     Raises:
         ModelNotFound: no such folder or repository, or no network to reach it.
-        CheckpointError: the checkpoint is incomplete, damaged, or of another architecture.
+        CheckpointError: the checkpoint is incomplete, damaged, or of another architecture (``CorruptFile``,
+            ``MissingShard``, ``ModifiedConfig`` name common cases), or does not fit here (``NotEnoughMemory``).
+        VocabularyError: the folder's tokenizer.json is of another model.
+        WorkbenchError: there is no such dtype, or there are no such kernels or they can't compute here.
     """
     embedded = name is None
-    folder = EMBEDDED if embedded else resolve(name, revision)
     kind = _dtype(dtype if dtype is not None else ("float32" if embedded else "bfloat16"))
-    config, weights = read_checkpoint(folder, kind, torch.device(device))
-    return Model(config, weights, name="embedded nano model" if embedded else str(name), folder=folder)
+    chosen = _kernels(kernels, torch.device(device), kind)
+    folder = EMBEDDED if embedded else resolve(name, revision)
+    plans: list[Plan] = []
+
+    def planned(plan: Plan, need: Need) -> None:
+        plans.append(plan)
+        check_tokenizer(folder, plan.config.vocab_size)
+        _show_large(plan, need)
+
+    config, weights = read_checkpoint(folder, kind, torch.device(device), allow_modified_config=allow_modified_config,
+                                      check_values=check_values, on_plan=planned)
+    return Model(config, weights, name="embedded nano model" if embedded else str(name), folder=folder,
+                 kernels=chosen, origin=origin_of(plans[0], read=True))
+
+
+def _show_large(plan: Plan, need: Need) -> None:
+    """Say what is about to be loaded when it is large enough for somebody to wait."""
+    if plan.nbytes > LARGE:
+        print(f"{plan}; takes {need}, {gigabytes(available())} of memory free", flush=True)
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -68,20 +104,30 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found  # type: ignore[return-value]
 
 
+def _kernels(name: str | None, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    try:
+        return select.load(name, device, dtype)
+    except select.KernelsUnavailable as error:
+        raise WorkbenchError("These kernels can't compute here.", expected=error.expected,
+                             got=f"{error.name!r}: {error.reason}",
+                             hint="wb.doctor() lists what can and why.") from error
+
+
 class Model:
     """A gpt-oss model. Runs leave nothing behind on it, so several threads may use it at once.
 
     Attributes:
         config: its shape.
         name: what it was loaded as.
+        origin: the files it was read from; None when it was made of tensors.
         transformer: the forward pass.
     """
 
     def __init__(
         self, config: ModelConfig, weights: Weights, *, name: str = "model", folder: Path | None = None,
-        kernels: ModuleType = reference,
+        kernels: ModuleType = reference, origin: Origin | None = None,
     ) -> None:
-        self.config, self.name, self._folder = config, name, folder
+        self.config, self.name, self._folder, self.origin = config, name, folder, origin
         self.transformer = Transformer(config, weights, kernels)
 
     def __repr__(self) -> str:
@@ -105,6 +151,11 @@ class Model:
     @property
     def vocabulary(self) -> Vocabulary:
         return load_vocabulary(self._folder)
+
+    @property
+    def provenance(self) -> Provenance:
+        """Which weights these are, and what computes with them; a run's or generation's says the rest."""
+        return record(self, (), created=time.time())
 
     # text ---------------------------------------------------------------------------------------------------------
 
@@ -167,11 +218,15 @@ class Model:
 
         Raises:
             PromptError, SiteError, EditError: what was asked for makes no sense here.
+            CaptureTooLarge: what was asked for does not fit into memory; see ``plan``.
             EditNeverFired: an edit's place never came by.
         """
         prompts = _as_batch(prompt)
         rows = [self.encode(one) for one in ([prompt] if prompts is None else prompts)]
-        edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
+        edits = as_edits(edits)
+        if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
+            raise WorkbenchError("chunk= is the number of tokens to read at a time.", expected="1 or more, or None",
+                                 got=repr(chunk))
         taps = self.new_taps(as_capture(capture), edits, rows)
         ids, positions = self.pad_left(rows)
         cache = self.new_cache(len(rows))
@@ -181,13 +236,15 @@ class Model:
             part = slice(start, start + (chunk or ids.shape[1]))
             chunks.append(self.read(ids[:, part], positions[:, part], cache, taps, every, last_only=False))
         taps.finish()
+        filed = group(taps.take(), len(rows))
         runs = []
         for i, row in enumerate(rows):
             hidden = torch.cat([states[i] for states, _ in chunks])[-len(row):]
             seen = [logits[i] for _, logits in chunks if logits is not None]
             logits = torch.cat(seen)[-len(row):] if seen else None
-            kept = join_chunks(taps.kept[i])
-            runs.append(Run(self, row, hidden, kept, taps.positions_of(i, len(row)), edits, logits))
+            settings = Settings(row=i, rows=len(rows), chunk=chunk)
+            runs.append(Run(self, row, hidden, join_chunks(filed[i], len(row)), taps.positions_of(i, len(row)), edits,
+                            logits, settings, taps.layout(i)))
         return runs[0] if prompts is None else RunBatch(runs)
 
     def generate(
@@ -215,7 +272,7 @@ class Model:
             raise WorkbenchError("max_tokens is out of range.", expected="1 or more", got=max_tokens)
         seeds = _seeds(seed, len(rows))
         how = Sampling(temperature, top_k, top_p, min_p)
-        edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
+        edits = as_edits(edits)
         driver = Driver(self, rows, as_capture(capture), edits, max_tokens, how, seeds, self._stop_ids(stop))
         return driver.generations[0] if prompts is None else driver.generations
 
@@ -238,10 +295,43 @@ class Model:
 
     def new_taps(
         self, capture: Capture, edits: Sequence[Edit], rows: Sequence[Sequence[int]], open_ended: bool = False,
+        more: int = 0,
     ) -> Taps:
-        """The tap of one run over rows of ids."""
-        lengths = [len(row) for row in rows]
-        return Taps(self.config.num_hidden_layers, self.config.dimensions, capture, edits, lengths, open_ended)
+        """The tap of one run over rows of ids, after which ``more`` tokens may follow if it is ``open_ended``.
+
+        Raises:
+            SiteError, EditError: capture or edits name what does not exist.
+            CaptureTooLarge: the capture does not fit into memory.
+        """
+        config = self.config
+        prompts = Prompts(rows, lambda: self.vocabulary, open_ended)
+        taps = Taps(config.num_hidden_layers, config.dimensions, config.sliding_window, capture, edits, prompts)
+        if capture.names:
+            planned = self._plan(capture, prompts, more)
+            if planned.nbytes >= WORTH_CHECKING:
+                budget.check(capture, replace(planned, free=available(self.device)))
+        return taps
+
+    def plan(
+        self, prompt: Prompt | Sequence[Prompt], capture: Capture | str | Iterable[str], *, max_tokens: int = 0,
+    ) -> CapturePlan:
+        """What a capture of a prompt would take, without running anything. Print it, or read ``nbytes`` and ``fits``.
+
+        Args:
+            prompt, capture: as for ``run``.
+            max_tokens: how many generated tokens come on top, for ``generate``.
+
+        Raises:
+            PromptError, SiteError: as ``run``.
+        """
+        prompts = _as_batch(prompt)
+        rows = [self.encode(one) for one in ([prompt] if prompts is None else prompts)]
+        made = self._plan(as_capture(capture), Prompts(rows, lambda: self.vocabulary, max_tokens > 0), max_tokens)
+        return replace(made, free=available(self.device))
+
+    def _plan(self, capture: Capture, prompts: Prompts, more: int) -> CapturePlan:
+        config, size = self.config, self.weights.embed.element_size()
+        return budget.plan(capture, prompts, config.num_hidden_layers, config.dimensions, size, more=more)
 
     def pad_left(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Rows of ids -> ids and positions, both (prompt, token) int64; padding has id 0 and a negative position."""
@@ -259,7 +349,7 @@ class Model:
         Logits are (prompt, vocab) of the last column when ``last_only``; else (prompt, token, vocab) when a capture
         or an edit looks at them, and None when nobody does (a Run makes them when asked).
         """
-        taps.begin(rows, positions)
+        taps.begin(rows, positions, ids)
         hidden = self.transformer(ids, positions, cache, taps)
         if "logits" in taps:
             logits = taps("logits", None, self.transformer.unembed(hidden))

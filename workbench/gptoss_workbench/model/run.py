@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,8 +15,12 @@ from torch import Tensor
 
 from gptoss_workbench.errors import SiteError
 from gptoss_workbench.harmony.spans import Span, parse
+from gptoss_workbench.hooks import pooled
+from gptoss_workbench.hooks.capture import Layout
 from gptoss_workbench.hooks.edits import SINK, Edit
-from gptoss_workbench.hooks.sites import SITES
+from gptoss_workbench.hooks.sites import EVERY, POOLED, SITES
+from gptoss_workbench.model.provenance import Provenance, Settings, record
+from gptoss_workbench.store.saved import save
 
 if TYPE_CHECKING:
     from gptoss_workbench.model.model import Model
@@ -28,16 +35,21 @@ class Run:
         ids: token ids of the prompt.
         positions: the tokens that were captured (all unless the capture selected some).
         edits: what was changed.
+        settings: its place in the batch, and how its tokens were chosen as far as they were generated.
     """
 
     def __init__(
         self, model: Model, ids: Sequence[int], hidden: Tensor, kept: dict[Place, Tensor],
         positions: Sequence[int], edits: Sequence[Edit] = (), logits: Tensor | None = None,
+        settings: Settings = Settings(),  # noqa: B008  # a frozen value
+        layout: Layout = Layout(),  # noqa: B008
     ) -> None:
         self.model, self._kept, self._logits, self._data = model, kept, logits, None
         self.ids, self.positions, self.edits = list(ids), list(positions), tuple(edits)
         self.hidden = hidden  #: (token, d_model), after the final norm
+        self.layout = layout  #: how captured tensors are labelled where only parts were kept
         self._spans: list[Span] | None = None
+        self.settings, self._created, self._provenance = settings, time.time(), None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -58,6 +70,15 @@ class Run:
         if self._spans is None:
             self._spans = parse(self.ids, self.model.vocabulary)
         return self._spans
+
+    @property
+    def provenance(self) -> Provenance:
+        """Where this run comes from: weights, versions, prompt ids, edits. Put together on first use."""
+        if self._provenance is None:
+            prompt = len(self.ids) - self.settings.generated
+            self._provenance = record(self.model, self.ids[:prompt], generated=self.ids[prompt:], edits=self.edits,
+                                      settings=self.settings, created=self._created)
+        return self._provenance
 
     @property
     def logits(self) -> Tensor:
@@ -90,7 +111,10 @@ class Run:
 
     @property
     def data(self) -> xr.Dataset:
-        """Everything captured, one variable a site, stacked over layers. bfloat16 is widened to float32, exactly."""
+        """Everything captured, one variable a site, stacked over layers. bfloat16 is widened to float32, exactly.
+
+        ``attrs["provenance"]`` is the run's provenance as JSON, so it is saved with whatever saves the data.
+        """
         if self._data is None:
             self._data = self._dataset()
         return self._data
@@ -99,9 +123,9 @@ class Run:
         variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
         layers: list[int] = []
         for site in dict.fromkeys(site for site, _ in self._kept):
-            spec = SITES[site]
+            spec, dims = EVERY[site], self.layout.dims.get(site, EVERY[site].dims)
             values = to_numpy(self.tensor(site))
-            variables[site] = (("layer", *spec.dims) if spec.per_layer else spec.dims, values)
+            variables[site] = (("layer", *dims) if spec.per_layer else dims, values)
             if spec.per_layer:
                 layers = self.layers(site)
         _pad_scores(variables)
@@ -115,7 +139,10 @@ class Run:
         if "key" in used:
             keys = max(dims_values[1].shape[-1] for name, dims_values in variables.items() if "key" in dims_values[0])
             coords["key"] = _key_labels(keys - 1)
-        attrs = {"model": self.model.name, "dtype": self.model.dtype, "edits": [repr(edit) for edit in self.edits]}
+        for dim, labels in self.layout.coords.items():
+            coords[dim] = (dim, _labels(labels))
+        attrs = {"model": self.model.name, "dtype": self.model.dtype, "edits": [repr(edit) for edit in self.edits],
+                 "provenance": self.provenance.to_json()}
         return xr.Dataset(variables, coords=coords, attrs=attrs)
 
     def token_coords(self, dim: str) -> dict[str, object]:
@@ -167,6 +194,14 @@ class Run:
         """The captured data as a pandas DataFrame, indexed by its dimensions."""
         return self.data.to_dataframe()
 
+    def to_zarr(self, path: str | Path) -> None:
+        """Write the captured data, its labels and its provenance to a new zarr store; ``wb.open_data`` reads it back.
+
+        Raises:
+            WorkbenchError: there is something at ``path``, or zarr is not installed.
+        """
+        save(self.data, path)
+
 
 class RunBatch(Sequence[Run]):
     """The runs of a batch. Each row is a Run of its own, without padding; ``data`` stacks them, padded on the left."""
@@ -199,6 +234,11 @@ class RunBatch(Sequence[Run]):
         return [run.spans for run in self._runs]
 
     @property
+    def provenance(self) -> list[Provenance]:
+        """That of each row."""
+        return [run.provenance for run in self._runs]
+
+    @property
     def logits(self) -> Tensor:
         """(prompt, token, vocab), shorter prompts padded on the left with NaN."""
         longest = max(len(run) for run in self._runs)
@@ -211,29 +251,54 @@ class RunBatch(Sequence[Run]):
     def data(self) -> xr.Dataset:
         """Captures with a leading ``prompt`` dimension. ``token`` counts columns of the padded batch.
 
-        Padded places hold NaN in floating-point variables, -1 in integer ones, None in text labels.
+        Padded places hold NaN in floating-point variables, -1 in integer ones, None in text labels. Prompts that were
+        not captured are left out.
+        ``attrs["provenance"]`` is a JSON list, one record a row.
         """
-        longest = max(len(run.positions) for run in self._runs)
+        shown = [number for number, run in enumerate(self._runs) if run.layout.dims]
+        shown = shown or list(range(len(self)))  # nothing was captured: the tokens alone
+        longest = max(len(self._runs[number].positions) for number in shown)
+        keys = max(len(self._runs[number]) for number in shown)
+        widest = max((_span_labels(self._runs[number]) for number in shown), key=len)
         rows = []
-        for run in self._runs:
+        for run in (self._runs[number] for number in shown):
             missing = longest - len(run.positions)
             row = run.data.reset_coords([name for name in run.token_coords("token") if name != "token"])
             for dim in ("token", "query"):
                 if dim in row.dims:
                     row = row.assign_coords({dim: np.arange(missing, longest)}).reindex({dim: np.arange(longest)})
             if "key" in row.dims:
-                keys = row.sizes["key"] - 1
-                row = row.assign_coords(key=_key_labels(longest)[longest - keys:])
-                row = row.reindex(key=_key_labels(longest))
+                row = row.assign_coords(key=_key_labels(keys)[keys + 1 - row.sizes["key"]:])
+                row = row.reindex(key=_key_labels(keys))
+            if widest and "query_span" in row.dims:
+                row = row.reindex(query_span=_labels(widest[:-1]), key_span=_labels(widest))
             rows.append(_restore_ints(row, run.data))
         stacked = xr.concat(rows, dim="prompt", coords="minimal", compat="override", join="exact")
-        labels = [name for name in self._runs[0].token_coords("token") if name != "token"]
-        return stacked.set_coords(labels).assign_coords(prompt=np.arange(len(self)))
+        labels = [name for name in self._runs[shown[0]].token_coords("token") if name != "token"]
+        records = json.dumps([one.to_dict() for one in self.provenance])
+        return stacked.set_coords(labels).assign_coords(prompt=shown).assign_attrs(provenance=records)
+
+    def to_zarr(self, path: str | Path) -> None:
+        """As for a ``Run``, of all rows together."""
+        save(self.data, path)
+
+
+def _span_labels(run: Run) -> Sequence[object]:
+    return run.layout.coords.get("key_span", ())
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _labels(labels: Sequence[object]) -> np.ndarray:
+    """Whole numbers as such, or objects where words are among them."""
+    if all(isinstance(label, int) for label in labels):
+        return np.array(labels, dtype=np.int64)
+    mixed = np.empty(len(labels), dtype=object)
+    mixed[:] = labels
+    return mixed
 
 
 def _key_labels(keys: int) -> np.ndarray:
@@ -262,25 +327,31 @@ def _restore_ints(padded: xr.Dataset, original: xr.Dataset) -> xr.Dataset:
     return padded
 
 
-def join_chunks(kept: dict[Place, list[Tensor]]) -> dict[Place, Tensor]:
-    """Chunks of one prompt put together along the tokens; attention maps grow keys that were not there yet, at zero."""
+def join_chunks(kept: dict[Place, list[Tensor]], keys: int | None = None) -> dict[Place, Tensor]:
+    """Chunks of one prompt put together along the tokens; attention maps grow keys that were not there yet, at zero.
+
+    Args:
+        keys: how many keys the maps have in the end; None for those of the last chunk.
+    """
     joined = {}
     for (site, layer), chunks in kept.items():
+        if site in POOLED:
+            joined[site, layer] = pooled.join(site, chunks)
+            continue
         spec = SITES[site]
-        if len(chunks) > 1 and "key" in spec.dims:
-            chunks = _same_keys(chunks, has_sink=site == "attn.pattern")
+        if "key" in spec.dims:
+            has_sink = site == "attn.pattern"
+            width = chunks[-1].shape[-1] if keys is None else keys + has_sink
+            chunks = [_with_keys(chunk, width, has_sink) for chunk in chunks]
         axis = spec.dims.index(spec.token_dim)
         joined[site, layer] = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=axis)
     return joined
 
 
-def _same_keys(chunks: list[Tensor], has_sink: bool) -> list[Tensor]:
+def _with_keys(chunk: Tensor, width: int, has_sink: bool) -> Tensor:
     """A key that came later has no weight: 0 in a pattern, -inf in scores; the sink stays last."""
-    width = chunks[-1].shape[-1]
-    blank = 0.0 if has_sink else float("-inf")
-    grown = []
-    for chunk in chunks:
-        extra = chunk.new_full((*chunk.shape[:-1], width - chunk.shape[-1]), blank)
-        body, sink = (chunk[..., :-1], chunk[..., -1:]) if has_sink else (chunk, chunk[..., :0])
-        grown.append(torch.cat((body, extra, sink), dim=-1))
-    return grown
+    if chunk.shape[-1] == width:
+        return chunk
+    extra = chunk.new_full((*chunk.shape[:-1], width - chunk.shape[-1]), 0.0 if has_sink else float("-inf"))
+    body, sink = (chunk[..., :-1], chunk[..., -1:]) if has_sink else (chunk, chunk[..., :0])
+    return torch.cat((body, extra, sink), dim=-1)

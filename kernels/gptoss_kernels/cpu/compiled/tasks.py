@@ -1,0 +1,155 @@
+"""Whole products as functions of one address, which any number of threads may run at the same time.
+
+The address is that of 16 int64: first the number of the next item, then how many there are, then what the task needs.
+Threads take items until none is left. The results do not depend on how many threads there are: an item is a stretch of
+rows, and each row is computed by one thread in one order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+
+from gptoss_kernels.cpu.compiled import prepare, rows
+from gptoss_kernels.cpu.compiled.machine import address, bits_of, float_of, take
+
+carray: Any = numba.carray  # type: ignore[attr-defined]
+
+FIELDS = 16
+SIGNATURE = types.void(types.voidptr)
+
+
+@numba.njit(inline="always")
+def rounded(x):
+    """float32 -> bits of the nearest bfloat16, ties to even."""
+    bits = bits_of(x)
+    if x != x:
+        return np.uint16(0x7FC0)
+    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@numba.njit(inline="always")
+def widened(bits):
+    """Bits of a bfloat16 -> float32."""
+    return float_of(np.uint32(bits) << np.uint32(16))
+
+
+def mxfp4_rows(way: int, keep: bool) -> Any:
+    """Products of prepared activations with rows of their experts, plus bias. See ``products.expert_rows``."""
+    @numba.cfunc(SIGNATURE, cache=keep)
+    def task(at):
+        a = carray(at, (FIELDS,), np.int64)
+        blocks, scales, groups_at, jobs_at, x, bias_at, out_at, powers = a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]
+        height, width, step, per_item, groups, wide = a[10], a[11], a[12], a[13], a[14], a[15]
+        group = carray(address(groups_at), (groups, 3), np.int64)
+        job = carray(address(jobs_at), (group[groups - 1, 2], 2), np.int64)
+        bias32, bias16 = carray(address(bias_at), (1,), np.float32), carray(address(bias_at), (1,), np.uint16)
+        out32, out16 = carray(address(out_at), (1,), np.float32), carray(address(out_at), (1,), np.uint16)
+        stretches = (height + per_item - 1) // per_item
+        counter = at_number(a)
+        while True:
+            item = take(counter)
+            if item >= a[1]:
+                return
+            g, start = item // stretches, item % stretches * per_item
+            expert, first, last = group[g, 0], group[g, 1], group[g, 2]
+            for row in range(start, min(start + per_item, height)):
+                place = expert * height + row
+                for j in range(first, last):
+                    product = rows.mxfp4_dot(way, blocks + place * width * 16, scales + place * width,
+                                             x + job[j, 0] * step, powers, width)
+                    target = job[j, 1] * height + row
+                    if wide:
+                        out32[target] = product + bias32[place]
+                    else:
+                        out16[target] = rounded(widened(rounded(product)) + widened(bias16[place]))
+    return task
+
+
+def dense_rows(way: int, keep: bool) -> Any:
+    """Products of prepared activations with all rows of a bfloat16 matrix, plus bias. See ``products.dense_rows``."""
+    @numba.cfunc(SIGNATURE, cache=keep)
+    def task(at):
+        a = carray(at, (FIELDS,), np.int64)
+        matrix, x, bias_at, out_at = a[2], a[3], a[4], a[5]
+        height, steps, step, per_item, vectors = a[6], a[7], a[8], a[9], a[10]
+        bias, out = carray(address(bias_at), (1,), np.uint16), carray(address(out_at), (1,), np.uint16)
+        counter = at_number(a)
+        while True:
+            start = take(counter) * per_item
+            if start >= height:
+                return
+            for row in range(start, min(start + per_item, height)):
+                for j in range(vectors):
+                    product = rows.dense_dot(way, matrix + row * steps * 64, x + j * step, steps)
+                    if bias_at:
+                        product += widened(bias[row])
+                    out[j * height + row] = rounded(product)
+    return task
+
+
+def mxfp4_scratch(way: int, keep: bool) -> Any:
+    """Rows of one expert decoded into a scratch. See ``products.unpack``."""
+    @numba.cfunc(SIGNATURE, cache=keep)
+    def task(at):
+        a = carray(at, (FIELDS,), np.int64)
+        blocks, scales, out, tables, height, width, per_item, size = a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]
+        counter = at_number(a)
+        while True:
+            start = take(counter) * per_item
+            if start >= height:
+                return
+            for row in range(start, min(start + per_item, height)):
+                rows.mxfp4_unpack(way, blocks + row * width * 16, scales + row * width,
+                                  out + row * width * 32 * size, tables, width)
+    return task
+
+
+def prepared(way: int, keep: bool) -> Any:
+    """Vectors of activations in the order that a way reads. See ``products.prepare``."""
+    if way == rows.PAIRS:
+        @numba.cfunc(SIGNATURE, cache=keep)
+        def task(at):
+            a = carray(at, (FIELDS,), np.int64)
+            counter, length, step = at_number(a), a[4], a[5]
+            while True:
+                i = take(counter)
+                if i >= a[1]:
+                    return
+                prepare.as_pairs(carray(address(a[2] + i * length * 2), (length,), np.uint16),
+                                 carray(address(a[3] + i * step), (step // 2,), np.uint16))
+    elif way == rows.DIGITS:
+        @numba.cfunc(SIGNATURE, cache=keep)
+        def task(at):
+            a = carray(at, (FIELDS,), np.int64)
+            counter, length, step = at_number(a), a[4], a[5]
+            while True:
+                i = take(counter)
+                if i >= a[1]:
+                    return
+                place = a[3] + i * step
+                prepare.as_digits(carray(address(a[2] + i * length * 4), (length,), np.float32),
+                                  carray(address(place), (step,), np.int8),
+                                  carray(address(place), (step // 4,), np.int32),
+                                  carray(address(place), (step // 4,), np.float32))
+    else:
+        @numba.cfunc(SIGNATURE, cache=keep)
+        def task(at):
+            a = carray(at, (FIELDS,), np.int64)
+            counter, length, step = at_number(a), a[4], a[5]
+            while True:
+                i = take(counter)
+                if i >= a[1]:
+                    return
+                prepare.as_floats(carray(address(a[2] + i * length * 4), (length,), np.float32),
+                                  carray(address(a[3] + i * step), (length,), np.float32))
+    return task
+
+
+@numba.njit(inline="always")
+def at_number(array):
+    """The address of an array's first element."""
+    return array.ctypes.data

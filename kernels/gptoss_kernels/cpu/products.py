@@ -1,0 +1,114 @@
+"""Products with packed experts and with bfloat16 matrices, made of compiled tasks; values in, values out.
+
+Shapes: M rows, K inputs, R outputs, E experts. Every tensor is on the CPU and contiguous.
+"""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptoss_kernels.cpu import codecache, tables, team
+from gptoss_kernels.mxfp4 import BLOCK, Mxfp4Tensor
+
+PAIRS, DIGITS, FLOATS = 0, 1, 2
+"""As in ``rows``, which is not imported before something must be compiled: it brings numba."""
+
+FIELDS = 16
+"""As in ``tasks``."""
+
+ITEM_BYTES = 1 << 17
+"""Bytes of weights that a thread takes at a time: small beside a matrix, large beside the cost of taking."""
+
+_compiling = threading.Lock()
+
+
+@cache
+def task(kind: str, way: int) -> int:
+    """The address of a compiled task of ``gptoss_kernels.cpu.compiled.tasks``."""
+    with _compiling:
+        return _keep(kind, way).address
+
+
+_kept: list[Any] = []
+
+
+def _keep(kind: str, way: int) -> Any:
+    from gptoss_kernels.cpu.compiled import tasks
+
+    make: Callable[[int, bool], Any] = getattr(tasks, kind)
+    with codecache.keeping() as keep:
+        _kept.append(make(way, keep))
+    return _kept[-1]
+
+
+def run(task: int, items: int, *fields: int) -> None:
+    """Run a task over items. The fields go where the task looks for them, after the counter and the number of items."""
+    told = array("q", (0, items, *fields, *[0] * (FIELDS - 2 - len(fields))))
+    team.run(task, told.buffer_info()[0], items)
+
+
+def stretch(row_bytes: int) -> int:
+    """Rows a thread takes at a time."""
+    return max(1, ITEM_BYTES // row_bytes)
+
+
+def prepare(x: Tensor, way: int) -> Tensor:
+    """x (M, K) float32 or bfloat16 -> uint8 (M, bytes), in the form in which the products of ``way`` read it."""
+    count, length = x.shape
+    groups = length // BLOCK
+    step = {PAIRS: (groups + 1) // 2 * 128, DIGITS: (groups + 1) // 2 * 256, FLOATS: groups * 128}[way]
+    x = x if way == PAIRS else x.float()
+    out = torch.empty(count, step, dtype=torch.uint8)
+    run(task("prepared", way), count, x.data_ptr(), out.data_ptr(), length, step)
+    return out
+
+
+def expert_rows(x: Tensor, groups: Sequence[int], jobs: Sequence[int], weight: Mxfp4Tensor, bias: Tensor,
+                out: Tensor, way: int) -> None:
+    """Each row times the matrix of its expert, plus bias, straight from the packed bytes.
+
+    Args:
+        x: (M, K) float32 or bfloat16.
+        groups: three numbers each, an expert and a stretch of the jobs; its matrix is read once for all of them.
+        jobs: two numbers each, a row of x and a row of ``out``.
+        weight: (E, R, K). bias: (E, R) in x's dtype.
+        out: (., R) in x's dtype, written where the jobs say. In bfloat16 the product is rounded, then the sum with the
+            bias is: as in the published code.
+    """
+    height, width = weight.scales.shape[1:]
+    ready = prepare(x, way)
+    per_item = stretch(width * 17)
+    count = len(groups) // 3
+    groups_told, jobs_told = array("q", groups), array("q", jobs)
+    run(task("mxfp4_rows", way), count * -(-height // per_item), weight.blocks.data_ptr(), weight.scales.data_ptr(),
+        groups_told.buffer_info()[0], jobs_told.buffer_info()[0], ready.data_ptr(), bias.data_ptr(), out.data_ptr(),
+        tables.powers().data_ptr(), height, width, ready.shape[1], per_item, count, int(x.dtype == torch.float32))
+
+
+def dense_rows(x: Tensor, weight: Tensor, bias: Tensor | None, way: int) -> Tensor:
+    """x (M, K) times a bfloat16 matrix (R, K), plus bias (R,) -> (M, R); summed in float32, rounded once at the end."""
+    height, length = weight.shape
+    ready = x if way == PAIRS else prepare(x, way)
+    out = torch.empty(len(x), height, dtype=torch.bfloat16)
+    per_item = stretch(length * 2)
+    run(task("dense_rows", way), -(-height // per_item), weight.data_ptr(), ready.data_ptr(),
+        0 if bias is None else bias.data_ptr(), out.data_ptr(), height, length // BLOCK, ready.stride(0) *
+        ready.itemsize, per_item, len(x))
+    return out
+
+
+def unpack(weight: Mxfp4Tensor, out: Tensor, way: int) -> None:
+    """Decode a stretch (R, K) of one expert into ``out``, float32 or bfloat16."""
+    height, width = weight.scales.shape
+    wide = out.dtype == torch.float32
+    table = {PAIRS: tables.words, DIGITS: tables.halves, FLOATS: tables.powers}[way]()
+    per_item = stretch(width * BLOCK * out.itemsize)
+    run(task("mxfp4_scratch", way + 10 * wide), -(-height // per_item), weight.blocks.data_ptr(),
+        weight.scales.data_ptr(), out.data_ptr(), table.data_ptr(), height, width, per_item, out.itemsize)

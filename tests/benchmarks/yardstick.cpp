@@ -1,0 +1,116 @@
+// What a C++ compiler makes of the same products: the yardstick of bench_cpu_kernels.py, no part of the package.
+//
+// Layout of a matrix: blocks [rows][width / 32][16], two codes a byte, the low one first; scales [rows][width / 32],
+// byte s means 2 ** (s - 127), from 2 on. Activations and results are float32; for avx512_bf16 activations are rounded.
+// Build: g++ -O3 -march=native -fopenmp -shared -fPIC yardstick.cpp -o yardstick.so
+
+#include <immintrin.h>
+#include <omp.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+static const int MOST = 8192;
+
+static float power(uint8_t scale) {
+    uint32_t bits = (uint32_t)scale << 23;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+extern "C" {
+
+void threads(int count) { omp_set_num_threads(count); }
+
+// Bytes as codes by pshufb, to float32, multiplied and added in float32.
+__attribute__((target("avx2,fma")))
+void mxfp4_avx2(const uint8_t *blocks, const uint8_t *scales, const float *x, float *out, int rows, int width) {
+    alignas(64) static thread_local float even[MOST], odd[MOST];
+    float *evens = even, *odds = odd;
+    for (int i = 0; i < width / 2; i++) evens[i] = x[2 * i], odds[i] = x[2 * i + 1];
+    const __m128i table = _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
+    const __m128i mask = _mm_set1_epi8(15);
+    const int groups = width / 32;
+    #pragma omp parallel for schedule(static)
+    for (int row = 0; row < rows; row++) {
+        const uint8_t *block = blocks + (size_t)row * groups * 16, *scale = scales + (size_t)row * groups;
+        __m256 one = _mm256_setzero_ps(), other = one;
+        for (int g = 0; g < groups; g++) {
+            const float *e = evens + 16 * g, *o = odds + 16 * g;
+            __m128i codes = _mm_loadu_si128((const __m128i *)(block + 16 * g));
+            __m128i low = _mm_shuffle_epi8(table, _mm_and_si128(codes, mask));
+            __m128i high = _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(codes, 4), mask));
+            __m128i low2 = _mm_srli_si128(low, 8), high2 = _mm_srli_si128(high, 8);
+            __m256 a = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low)), _mm256_loadu_ps(e));
+            a = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(high)), _mm256_loadu_ps(o), a);
+            __m256 b = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low2)), _mm256_loadu_ps(e + 8));
+            b = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(high2)), _mm256_loadu_ps(o + 8), b);
+            __m256 s = _mm256_set1_ps(power(scale[g]));
+            one = _mm256_fmadd_ps(a, s, one);
+            other = _mm256_fmadd_ps(b, s, other);
+        }
+        float lanes[8], sum = 0;
+        _mm256_storeu_ps(lanes, _mm256_add_ps(one, other));
+        for (int i = 0; i < 8; i++) sum += lanes[i];
+        out[row] = sum * 0.5f;
+    }
+}
+
+// Bytes as codes to bfloat16 by vpermw, multiplied in pairs by vdpbf16ps. The number of blocks must be even.
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+void mxfp4_avx512_bf16(const uint8_t *blocks, const uint8_t *scales, const float *x, float *out, int rows, int width) {
+    alignas(64) static thread_local uint16_t even[MOST], odd[MOST];
+    uint16_t *evens = even, *odds = odd;
+    for (int i = 0; i < width; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, 4);
+        (i % 2 ? odds : evens)[i / 2] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    }
+    static const uint16_t values[16] = {0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
+                                        0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
+    alignas(64) uint16_t twice[32];
+    for (int i = 0; i < 32; i++) twice[i] = values[i % 16];
+    const __m512i table = _mm512_load_si512(twice);
+    const int groups = width / 32;
+    #pragma omp parallel for schedule(static)
+    for (int row = 0; row < rows; row++) {
+        const uint8_t *block = blocks + (size_t)row * groups * 16, *scale = scales + (size_t)row * groups;
+        __m512 sum = _mm512_setzero_ps();
+        for (int g = 0; g < groups; g += 2) {
+            __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(block + 16 * g)));
+            __m512i low = _mm512_permutexvar_epi16(codes, table);
+            __m512i high = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table);
+            __m512 a = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)low,
+                                        (__m512bh)_mm512_loadu_si512(evens + 16 * g));
+            a = _mm512_dpbf16_ps(a, (__m512bh)high, (__m512bh)_mm512_loadu_si512(odds + 16 * g));
+            __m512 s = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(power(scale[g])), _mm512_set1_ps(power(scale[g + 1])));
+            sum = _mm512_fmadd_ps(a, s, sum);
+        }
+        out[row] = _mm512_reduce_add_ps(sum);
+    }
+}
+
+// Reads every byte once, as plainly as can be: the bandwidth that a product could reach.
+__attribute__((target("avx2")))
+long long read_all(const uint8_t *bytes, size_t size) {
+    long long total = 0;
+    #pragma omp parallel reduction(+:total)
+    {
+        size_t each = size / omp_get_num_threads() & ~(size_t)127;
+        const uint8_t *part = bytes + each * omp_get_thread_num();
+        __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a;
+        for (size_t i = 0; i < each; i += 128) {
+            a = _mm256_add_epi64(a, _mm256_loadu_si256((const __m256i *)(part + i)));
+            b = _mm256_add_epi64(b, _mm256_loadu_si256((const __m256i *)(part + i + 32)));
+            c = _mm256_add_epi64(c, _mm256_loadu_si256((const __m256i *)(part + i + 64)));
+            d = _mm256_add_epi64(d, _mm256_loadu_si256((const __m256i *)(part + i + 96)));
+        }
+        alignas(32) long long lanes[4];
+        _mm256_store_si256((__m256i *)lanes, _mm256_add_epi64(_mm256_add_epi64(a, b), _mm256_add_epi64(c, d)));
+        total += lanes[0] + lanes[1] + lanes[2] + lanes[3];
+    }
+    return total;
+}
+
+}

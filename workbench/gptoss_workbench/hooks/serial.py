@@ -1,0 +1,150 @@
+"""Edits as JSON and back. Tensors stand there whole, as base64 of their bytes in row-major order."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gptoss_workbench.errors import EditError, WorkbenchError
+from gptoss_workbench.hooks.changes import KINDS
+from gptoss_workbench.hooks.edits import Edit, Place, place_of
+from gptoss_workbench.hooks.selection import Slice, Where, where
+from gptoss_workbench.hooks.values import Held, Source, dtype_name, raw_bytes
+
+VERSION = 1
+DTYPES = {name: getattr(torch, name) for name in
+          ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8")}
+_NUMBERS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+
+def to_json(edit: Edit) -> str:
+    """An edit as one line of JSON.
+
+    Raises:
+        EditError: it holds a function.
+    """
+    return json.dumps({"version": VERSION, **plain(edit, _base64, _refuse)}, allow_nan=False)
+
+
+def plain(edit: Edit, tensor: Callable[[Held], Any], function: Callable[[Any], Any]) -> dict[str, Any]:
+    """An edit as dictionaries, lists, strings and numbers.
+
+    Args:
+        tensor, function: what stands for a tensor and for a function.
+    """
+    def encode(value: Any) -> Any:
+        if value is None or isinstance(value, bool | int | str):
+            return value
+        if isinstance(value, float):
+            return value if math.isfinite(value) else {"float": repr(value)}
+        if isinstance(value, Slice):
+            return {"slice": [value.start, value.stop, value.step]}
+        if isinstance(value, Where):
+            said = {"labels": {name: encode(allowed) for name, allowed in value.labels}, "matching": value.matching}
+            return {"where": said if value.test is None else {**said, "test": function(value.test)}}
+        if isinstance(value, Held):
+            return {"tensor": tensor(value)}
+        if isinstance(value, Source):
+            return {"source": {
+                "site": value.site, "positions": encode(value.positions),
+                "values": [[layer, tensor(held)] for layer, held in value.values],
+                "parts": {dim: list(part) for dim, part in value.parts},
+                "experts": [[layer, tensor(held)] for layer, held in value.experts],
+            }}
+        if isinstance(value, range):
+            return {"range": [value.start, value.stop, value.step]}
+        if isinstance(value, tuple):
+            return [encode(item) for item in value]
+        return {"function": function(value)}
+
+    place = {name: encode(selection) for name, selection in edit.place.selections().items()}
+    return {"edit": edit.name, "site": edit.place.site, "place": place,
+            "args": {name: encode(value) for name, value in edit.args}}
+
+
+def _base64(held: Held) -> dict[str, Any]:
+    return {"dtype": dtype_name(held.tensor), "shape": list(held.tensor.shape),
+            "base64": base64.b64encode(raw_bytes(held.tensor)).decode()}
+
+
+def _refuse(function: Any) -> Any:
+    name = getattr(function, "__name__", type(function).__name__)
+    raise EditError("A function can't be written to JSON.", expected="an edit made of values",
+                    got=f"the function {name}", hint="For tokens, wb.where(matching=...) takes a regular expression.")
+
+
+def edit_from_json(text: str | bytes) -> Edit:
+    """The edit that ``to_json`` wrote; equal to the one it came from.
+
+    Raises:
+        EditError: it is no such JSON.
+        SiteError: it names a site or a dimension that does not exist.
+    """
+    try:
+        said = json.loads(text)
+        if said.get("version") != VERSION:
+            raise _broken(f"version {VERSION}", f"version {said.get('version')!r}")
+        name, site = said["edit"], said["site"]
+        if name not in KINDS:
+            raise _broken(f"one of {', '.join(KINDS)}", repr(name))
+        kind = KINDS[name]
+        args = tuple((key, _decode(value)) for key, value in said["args"].items())
+        place = {key: _decode(value) for key, value in said["place"].items()}
+    except WorkbenchError:
+        raise
+    except Exception as error:  # whatever a broken text leads to
+        raise _broken("what edit.to_json() wrote", f"{type(error).__name__}: {error}"[:120]) from error
+    if kind.site not in (None, site) or not {key for key, _ in args} <= {*kind.args}:
+        raise _broken(f"site {kind.site or 'any'} and arguments {list(kind.args)}",
+                      f"{site}, {[key for key, _ in args]}")
+    missing = {*kind.required} - {key for key, _ in args}
+    if missing:
+        raise _broken(f"the arguments of wb.{name}", f"an edit that misses {', '.join(sorted(missing))}")
+    checked: Place = place_of(site, place.pop("layer", None), place.pop("tokens", None), place.pop("prompt", None),
+                              **place)
+    return Edit(name, checked, args)
+
+
+def _broken(expected: str, got: str) -> EditError:
+    return EditError("That JSON is no edit.", expected=expected, got=got)
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_decode(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    ((tag, inner),) = value.items()
+    if tag == "float":
+        return _NUMBERS[inner]
+    if tag == "slice":
+        return Slice(*inner)
+    if tag == "range":
+        return range(*inner)
+    if tag == "where":
+        labels: Any = {name: list(_decode(allowed)) for name, allowed in inner["labels"].items()}
+        return where(matching=inner["matching"], **labels)
+    if tag == "tensor":
+        return _tensor(inner)
+    if tag == "source":
+        return Source(
+            inner["site"], tuple((layer, _tensor(held)) for layer, held in inner["values"]),
+            _decode(inner["positions"]),
+            tuple((dim, tuple(part)) for dim, part in inner["parts"].items()),
+            tuple((layer, _tensor(held)) for layer, held in inner["experts"]),
+        )
+    raise ValueError(f"unknown tag {tag!r}")
+
+
+def _tensor(said: dict[str, Any]) -> Held:
+    dtype, shape = DTYPES[said["dtype"]], said["shape"]
+    raw = bytearray(base64.b64decode(said["base64"], validate=True))
+    if not all(isinstance(size, int) and size >= 0 for size in shape) or len(raw) != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{len(raw)} bytes for {said['dtype']} {shape}")
+    flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+    return Held(flat.reshape(shape))
