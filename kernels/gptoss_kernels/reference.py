@@ -200,6 +200,16 @@ def expert_mixture(
     return combine_experts(outputs, weights)
 
 
+def store_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, column: Tensor) -> None:
+    """Write one column of two buffers in place: k, v (B, 1, K, D) into keys, values (B, C, K, D) at ``column``.
+
+    Args:
+        column: (1,) int64, on the device of the buffers, 0 to C - 1. Not read by the host.
+    """
+    keys.index_copy_(1, column, k)
+    values.index_copy_(1, column, v)
+
+
 def visible_keys(positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
     """Which keys a query may look at: (B, T) and (B, S) -> (B, T, S) bool.
 

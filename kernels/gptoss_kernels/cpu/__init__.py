@@ -29,6 +29,7 @@ from gptoss_kernels.reference import (
     route,
     softmax_with_sink,
     split_gate_up,
+    store_kv,
     swiglu,
     visible_keys,
     yarn_frequencies,
@@ -38,7 +39,7 @@ __all__ = [
     "add_norm", "apply_rope", "attention", "attention_scores", "attention_shown", "attention_values", "choose_experts",
     "combine_experts", "describe", "expert_linear", "expert_mixture", "expert_weights", "forced", "linear", "missing",
     "name", "outlook", "project_qkv", "rms_norm", "rope_tables", "route", "softmax_with_sink", "split_gate_up",
-    "swiglu", "visible_keys", "yarn_frequencies",
+    "store_kv", "swiglu", "visible_keys", "yarn_frequencies",
 ]
 
 name = "cpu"

@@ -15,6 +15,7 @@ from gptoss_kernels.reference import rope_tables, split_gate_up, visible_keys, y
 from gptoss_kernels.triton.activation import combine_experts, swiglu
 from gptoss_kernels.triton.attention_by_shape import attention, attention_shown
 from gptoss_kernels.triton.attention_pieces import attention_scores, attention_values, softmax_with_sink
+from gptoss_kernels.triton.columns import store_kv
 from gptoss_kernels.triton.common import DTYPES, INTERPRETED
 from gptoss_kernels.triton.dense import linear, project_qkv
 from gptoss_kernels.triton.experts import expert_linear, expert_mixture
@@ -25,11 +26,14 @@ from gptoss_kernels.triton.router import choose_experts, expert_weights, route
 __all__ = [
     "add_norm", "apply_rope", "attention", "attention_scores", "attention_shown", "attention_values",
     "choose_experts", "combine_experts", "expert_linear", "expert_mixture", "expert_weights", "linear", "missing",
-    "name", "project_qkv", "rms_norm", "rope_tables", "route", "softmax_with_sink", "split_gate_up", "swiglu",
-    "visible_keys", "yarn_frequencies",
+    "name", "project_qkv", "rms_norm", "rope_tables", "route", "softmax_with_sink", "split_gate_up", "store_kv",
+    "swiglu", "visible_keys", "yarn_frequencies",
 ]
 
 name = "triton"
+
+recordable = True
+"""With packed experts no call waits for the GPU or reads from it, so that a CUDA graph can record all of them."""
 
 _OLDEST = (8, 0)  # the first with bfloat16 in its matrix units
 

@@ -109,3 +109,34 @@ def test_project_qkv(kernels: ModuleType, device: torch.device, dtype: torch.dty
     cos, sin = kernels.rope_tables(torch.arange(9, 9 + tokens, device=device)[None], frequencies, 1.3, dtype)
     for got, want in zip(kernels.project_qkv(x, q, k, v, cos, sin), reference.project_qkv(x, q, k, v, cos, sin)):
         agree(got, want)
+
+
+@pytest.mark.parametrize(("kv_heads", "size"), [(1, 16), (8, 64), (3, 171)])  # 16, 512 and 513 values a row
+def test_store_kv(
+    kernels: ModuleType, device: torch.device, dtype: torch.dtype, kv_heads: int, size: int,
+) -> None:
+    draw = Draw(device)
+    for column in (0, 2):
+        keys, values = (draw.normal(2, 3, kv_heads, size, dtype=dtype) for _ in range(2))
+        k, v = (draw.normal(2, 1, kv_heads, size, dtype=dtype) for _ in range(2))
+        want = keys.clone(), values.clone()
+        reference.store_kv(*want, k, v, torch.tensor([column], device=device))
+        kernels.store_kv(keys, values, k, v, torch.tensor([column], device=device))
+        assert torch.equal(keys, want[0]) and torch.equal(values, want[1])
+        assert torch.equal(keys[:, column], k[:, 0]) and torch.equal(values[:, column], v[:, 0])
+
+
+@pytest.mark.parametrize("size", [16, 36])
+def test_project_qkv_has_the_bits_of_its_pieces(
+    kernels: ModuleType, device: torch.device, dtype: torch.dtype, size: int,
+) -> None:
+    draw = Draw(device)
+    x = draw.normal(1, 1, 96, dtype=dtype)
+    q, k, v = ((draw.normal(heads * size, 96, dtype=dtype, scale=0.1), draw.normal(heads * size, dtype=dtype))
+               for heads in (4, 2, 2))
+    cos, sin = kernels.rope_tables(torch.tensor([[9]], device=device), torch.logspace(0, -2, size // 2, device=device),
+                                   1.3, dtype)
+    whole = kernels.project_qkv(x, q, k, v, cos, sin)
+    for got, (weight, bias), turned in zip(whole, (q, k, v), (True, True, False)):
+        y = kernels.linear(x, weight, bias).view(1, 1, -1, size)
+        assert torch.equal(got, kernels.apply_rope(y, cos, sin) if turned else y)

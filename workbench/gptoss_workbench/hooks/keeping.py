@@ -39,8 +39,19 @@ class Keeper:
         self._spans: dict[int, Spans] = {}
         self._span_numbers: dict[int, Tensor] = {}
 
-    def keep(self, site: str, layer: int | None, x: Tensor, chunk: Chunk, start: int) -> list[Part]:
-        """The parts of x (row, the site's dimensions...) that were asked for, as (prompt, place, part)."""
+    @property
+    def by_expert(self) -> bool:
+        """Whether captures are cut by the experts that served, so that somebody has to tell which did."""
+        return "expert" in self._chosen
+
+    def keep(
+        self, site: str, layer: int | None, x: Tensor, chunk: Chunk, start: int, ours: bool = False,
+    ) -> list[Part]:
+        """The parts of x (row, the site's dimensions...) that were asked for, as (prompt, place, part).
+
+        Args:
+            ours: x was made for the captures of a step, so that views of it may be kept.
+        """
         spec = SITES[site]
         dims = [dim for dim in self._capture.dims(site) if dim in self._chosen]
         if self._whole and not dims:
@@ -53,13 +64,15 @@ class Keeper:
             if not positions or row not in self.rows:
                 continue
             self.seen = True
-            part = x[i].index_select(axis, torch.tensor(columns, device=x.device))
+            part = x[i]
+            if len(columns) < part.shape[axis]:
+                part = part.index_select(axis, torch.tensor(columns, device=x.device))
             if "key" in spec.dims:
                 part = part[..., chunk.pads[i]:]
             for dim in dims:
                 part = self._by_expert(part, chunk, i, columns) if dim not in spec.dims else \
                     part.index_select(spec.dims.index(dim), torch.tensor(self._chosen[dim], device=x.device))
-            parts.append((row, (site, layer), part.clone() if _is_view(part) else part))
+            parts.append((row, (site, layer), part.clone() if not ours and _is_view(part) else part))
         return parts
 
     def _by_expert(self, part: Tensor, chunk: Chunk, i: int, columns: Sequence[int]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -12,10 +12,12 @@ from gptoss_workbench.hooks.acting import Editor
 from gptoss_workbench.hooks.capture import Capture, Layout
 from gptoss_workbench.hooks.chunk import Chunk
 from gptoss_workbench.hooks.edits import Edit
+from gptoss_workbench.hooks.feeding import Feed, why_not
 from gptoss_workbench.hooks.keeping import Keeper
-from gptoss_workbench.hooks.prompts import Prompts, within
-from gptoss_workbench.hooks.selection import Frozen, Where, resolve
+from gptoss_workbench.hooks.prompts import FOREVER, Prompts, within
+from gptoss_workbench.hooks.selection import Frozen, Slice, Where, resolve
 from gptoss_workbench.hooks.sites import POOLED, SITES
+from gptoss_workbench.hooks.values import Held
 
 Place = tuple[str, "int | None"]
 Kept = dict[Place, list[Tensor]]
@@ -53,7 +55,7 @@ class Taps:
         self, layers: int, sizes: Mapping[str, int], window: int, capture: Capture, edits: Sequence[Edit],
         prompts: Prompts,
     ) -> None:
-        self._layer_count, self._sizes, self._prompts = layers, sizes, prompts
+        self._layer_count, self._sizes, self._window, self._prompts = layers, sizes, window, prompts
         self._capture, self._edits = capture, tuple(edits)
         self._work: dict[Place, _Work] = {}
         self._filed: Filed = []
@@ -82,10 +84,14 @@ class Taps:
             ids: (row, token), the tokens; needed where labels of generated tokens are selected.
         """
         firsts = positions[:, 0].tolist()
+        self.note(rows, firsts, ids)
+        self._chunk = Chunk(list(rows), firsts, positions.shape[1], self._prompts)
+
+    def note(self, rows: Sequence[int], firsts: Sequence[int], ids: Tensor | None) -> None:
+        """Take down what the tokens of a chunk are, (row, token), where selections ask for that."""
         if self._labelled and ids is not None:
             for row, first, line in zip(rows, firsts, ids.tolist(), strict=True):
                 self._prompts.read(row, max(0, first), line[max(0, -first):])
-        self._chunk = Chunk(list(rows), firsts, positions.shape[1], self._prompts)
 
     def __call__(self, site: str, layer: int | None, x: Tensor, start: int = 0) -> Tensor:
         """The tap: x (prompt, the site's dimensions...) in, the same or an edited copy out.
@@ -105,6 +111,45 @@ class Taps:
         if work.pooled:
             self._filed += self._keeper.pool(work.pooled, layer, x, self._chunk, start)
         return x
+
+    def changed(self, row: int, first: int, edits: Sequence[Edit]) -> Taps:
+        """The same captures, and from position ``first`` of a prompt on other edits; see ``Generation.change``.
+
+        Raises:
+            EditError: an edit whose tokens can't be cut in two.
+        """
+        after = [cut(edit, row, self._prompts, first, None) for edit in edits]
+        before = []
+        for edit in self._edits:
+            of = resolve(edit.place.prompt, len(self._prompts), "prompt")
+            others = tuple(one for one in of if one != row)
+            if others:
+                before.append(replace(edit, place=replace(edit.place, prompt=others)) if row in of else edit)
+            if row in of:
+                before.append(cut(edit, row, self._prompts, 0, first))
+        taps = Taps(self._layer_count, self._sizes, self._window, self._capture, [*before, *after], self._prompts)
+        taps._keeper, taps._filed = self._keeper, self._filed
+        taps._editor.fired[: len(before)] = [1] * len(before)  # what was taken back need not act any more
+        return taps
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        return self._edits
+
+    def feed(self, rows: Sequence[int], firsts: Sequence[int]) -> Feed | str:
+        """What is left to do from these positions on, as the same operations for every token; or why that can't be.
+
+        Args:
+            rows: which prompts go on.
+            firsts: the position of the next token of each.
+        """
+        reason = why_not(self._edits, self._prompts, rows, firsts)
+        if reason is not None:
+            return reason
+        kept = [place for place, work in self._work.items() if work.keep]
+        pooled = {layer: work.pooled for (_, layer), work in self._work.items() if work.pooled}
+        return Feed(self._edits, self._keeper, self._prompts, self._sizes, kept, pooled, self._editor.fired,
+                    self._layers, rows, firsts)
 
     def take(self) -> Filed:
         """What was kept since the last time."""
@@ -195,6 +240,25 @@ class Taps:
             self._at(place.site, layer).edits.append(number)
             if place.by_expert:
                 self._at("router.experts", layer).routes = True
+
+
+def cut(edit: Edit, row: int, prompts: Prompts, first: int, stop: int | None) -> Edit:
+    """The edit at those of its tokens in one prompt that lie within [first, stop).
+
+    Raises:
+        EditError: its tokens are chosen by label, or what it does to one depends on which others it acts on.
+    """
+    place, args = edit.place, dict(edit.args)
+    rest = len(SITES[place.site].dims) - 1
+    rows = any(isinstance(value, Held) and value.tensor.dim() > rest and len(value.tensor) > 1
+               for name, value in edit.args if name in ("value", "run"))
+    if isinstance(place.tokens, Where) or rows or (edit.name == "patch" and (args["run"] is None or "source" in args)):
+        raise EditError("Such an edit can't begin or end in the middle of a text.", got=f"{edit!r:.120}",
+                        expected="tokens by position, and one value for all or each by its position")
+    chosen = within(prompts.chosen(place.tokens, row), first, FOREVER if stop is None else stop)
+    tokens: Frozen = tuple(chosen) if isinstance(chosen, list) else \
+        Slice(chosen.start, None if chosen.stop >= FOREVER else chosen.stop, None if chosen.step == 1 else chosen.step)
+    return replace(edit, place=replace(place, prompt=row, tokens=tokens))
 
 
 def group(filed: Filed, prompts: int) -> list[Kept]:

@@ -37,6 +37,12 @@ class KVCache:
         self._keys[layer], self._values[layer] = k, v
         return k, v
 
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer that has been read."""
+        keys, values = self._keys[layer], self._values[layer]
+        assert keys is not None and values is not None
+        return keys, values
+
     def fork(self) -> KVCache:
         """An independent continuation from here; shares what is already cached."""
         other = KVCache(len(self._keys), self.positions.shape[0], self.positions.device)

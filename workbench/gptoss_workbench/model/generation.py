@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,11 +12,14 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from gptoss_workbench.errors import WorkbenchError
 from gptoss_workbench.harmony.spans import Span, parse
 from gptoss_workbench.hooks.capture import Capture, Layout
 from gptoss_workbench.hooks.edits import Edit
 from gptoss_workbench.hooks.taps import Filed, group
+from gptoss_workbench.model import graphs
 from gptoss_workbench.model.cache import KVCache
+from gptoss_workbench.model.graphs import Decoder
 from gptoss_workbench.model.provenance import Provenance, Settings, record
 from gptoss_workbench.model.run import Place, Run, join_chunks
 from gptoss_workbench.model.sampling import Sampling, sample
@@ -93,9 +96,26 @@ class Generation:
             pass
         return self
 
+    @property
+    def decoding(self) -> str:
+        """How tokens after the first are made: "recorded" (see ``model.graphs``), or "step by step" and why."""
+        return self._driver.decoding
+
     def stop(self) -> None:
         """End after the token in progress. Safe from any thread; a generation that has ended stays as it is."""
         self._driver.stop(self)
+
+    def change(self, edits: Sequence[Edit] | Edit) -> None:
+        """From the next token on, let these edits act on this generation instead of those so far; safe in any thread.
+
+        Other values in the same places (a vector, a scale, which experts) cost a recorded generation no new recording.
+        The run's edits are afterwards those before, up to this token, and these from it on, so that they can be
+        applied to the whole text again.
+
+        Raises:
+            EditError: an edit by labels, or one that takes values from this very pass.
+        """
+        self._driver.change(self, (edits,) if isinstance(edits, Edit) else tuple(edits))
 
     @property
     def tokens(self) -> list[int]:
@@ -154,6 +174,7 @@ class Driver:
     def __init__(
         self, model: Model, prompts: Sequence[Sequence[int]], capture: Capture, edits: Sequence[Edit],
         max_tokens: int, how: Sampling, seeds: Sequence[int | None], stop_ids: frozenset[int],
+        graph: bool | None = None,
     ) -> None:
         self._model, self.edits, self._max, self._how = model, tuple(edits), max_tokens, how
         self._stop_ids, self._prompts = stop_ids, [list(prompt) for prompt in prompts]
@@ -169,6 +190,9 @@ class Driver:
         self._lock = threading.RLock()
         self._active = list(range(len(self._prompts)))
         self._cache: KVCache | None = None
+        self._decoder: Decoder | None = None  # where the tokens after the first come from a recording
+        self._graph = graph
+        self.decoding = "step by step: as asked" if graph is False else "not begun"
 
     def stop(self, generation: Generation) -> None:
         self._stop_rows.add(generation._row)
@@ -194,6 +218,23 @@ class Driver:
                 raise
             return generation.reason is None
 
+    def change(self, generation: Generation, edits: Sequence[Edit]) -> None:
+        """See ``Generation.change``. The newest token was chosen, not read: it is the first that the edits see."""
+        with self._lock:
+            row, chosen = generation._row, len(generation.steps)
+            first = len(self._prompts[row]) + chosen - 1 if chosen else 0
+            taps = self._taps.changed(row, first, edits)
+            if self._decoder is not None:
+                ends = {one: len(self._prompts[one]) + len(self.generations[one].steps) - 1
+                        for one in self._decoder.rows}
+                feed = taps.feed(list(ends), list(ends.values()))
+                if isinstance(feed, str):
+                    raise WorkbenchError("A recorded generation can't go on with these edits.", got=feed,
+                                         expected="edits that do the same for every token",
+                                         hint="Generate with graph=False.")
+                self._decoder.change(feed)
+            self._taps, self.edits = taps, taps.edits
+
     def so_far(self, row: int) -> tuple[Tensor, dict[Place, Tensor], list[int], Layout]:
         """Hidden states, captures, captured positions and labels of one prompt."""
         with self._lock:
@@ -211,28 +252,21 @@ class Driver:
         keep = [i for i, other in enumerate(self._active) if other != row]
         self.generations[row].reason = reason  # first: an interrupt must not leave a row that is neither
         self._active = [self._active[i] for i in keep]
-        if self._cache is not None:
+        if self._decoder is not None:
+            if not self._active:
+                self._decoder.end()
+        elif self._cache is not None:
             self._cache = self._cache.select(torch.tensor(keep, dtype=torch.int64, device=self._model.device))
 
     @torch.no_grad()
     def _step(self) -> None:
         rows = list(self._active)
-        if self._cache is None:
-            self._cache = self._model.new_cache(len(rows))
-            ids, positions = self._model.pad_left(self._prompts)
-        else:
-            last = [self.generations[row].steps[-1] for row in rows]
-            device = self._model.device
-            ids = torch.tensor([[step.token] for step in last], device=device)
-            positions = torch.tensor([[step.position] for step in last], device=device)
-        hidden, logits = self._model.read(ids, positions, self._cache, self._taps, rows)
-        assert logits is not None  # of the last column
-        # One step at once, so that an interrupt leaves all of it or nothing.
-        self._read.append(({row: hidden[i][positions[i] >= 0] for i, row in enumerate(rows)}, self._taps.take()))
+        read, choose = self._read_on(rows)
+        self._read.append(read)  # one step at once, so that an interrupt leaves all of it or nothing
         ended: list[tuple[int, str]] = []
         for i, row in enumerate(rows):
             generation = self.generations[row]
-            token, logprob = sample(logits[i], self._how, self._rngs[row])
+            token, logprob = choose(i)
             index = len(generation.steps)
             position = len(self._prompts[row]) + index
             captured = (0, position) if index == 0 else (position - 1, position)
@@ -246,3 +280,53 @@ class Driver:
             self._leave(row, reason)
         if ended and not self._active and not self._stop_rows:
             self._taps.finish()
+
+    def _read_on(self, rows: list[int]) -> tuple[tuple[dict[int, Tensor], Filed], Callable[[int], tuple[int, float]]]:
+        """Read the prompts, or the newest token of each row.
+
+        Returns:
+            Hidden states by prompt and captures; and a function that chooses the next token of the i-th row.
+        """
+        device = self._model.device
+        last = {row: self.generations[row].steps[-1] for row in rows if self._cache is not None}
+        if last and self._decoder is None and self._graph is not False:
+            self._decoder = self._recorded(rows, last)
+        if self._decoder is not None:
+            return self._play(self._decoder, rows, last)
+        if self._cache is None:
+            self._cache = self._model.new_cache(len(rows))
+            ids, positions = self._model.pad_left(self._prompts)
+        else:
+            ids = torch.tensor([[last[row].token] for row in rows], device=device)
+            positions = torch.tensor([[last[row].position] for row in rows], device=device)
+        hidden, logits = self._model.read(ids, positions, self._cache, self._taps, rows)
+        assert logits is not None  # of the last column
+        states = {row: hidden[i][positions[i] >= 0] for i, row in enumerate(rows)}
+        return (states, self._taps.take()), lambda i: sample(logits[i], self._how, self._rngs[rows[i]])
+
+    def _recorded(self, rows: list[int], last: Mapping[int, Step]) -> Decoder | None:
+        """The decoder for the tokens after the first, if there is anything to gain and nothing in the way."""
+        assert self._cache is not None
+        reason = graphs.why_not(self._model)
+        feed = self._taps.feed(rows, [last[row].position for row in rows]) if reason is None else reason
+        if isinstance(feed, str):
+            self.decoding = f"step by step: {feed}"
+            if self._graph:
+                raise WorkbenchError("This generation can't be decoded by a recording.", got=feed,
+                                     expected="captures and edits that do the same for every token",
+                                     hint="Leave out graph=True: it then decodes step by step.")
+            self._graph = False
+            return None
+        self.decoding = "recorded"
+        decoder = Decoder(self._model, feed, self._cache, self._max)
+        self._cache = KVCache(0, 0)  # its tensors are in the decoder's buffers now
+        return decoder
+
+    def _play(self, decoder: Decoder, rows: list[int], last: Mapping[int, Step]
+              ) -> tuple[tuple[dict[int, Tensor], Filed], Callable[[int], tuple[int, float]]]:
+        for row in rows:
+            self._taps.note([row], [last[row].position], torch.tensor([[last[row].token]]))
+        decoder.step({row: last[row].token for row in rows}, {row: last[row].position for row in rows})
+        if self._how.temperature == 0:
+            return decoder.take(), lambda i: decoder.likeliest(rows[i])
+        return decoder.take(), lambda i: sample(decoder.logits(rows[i]), self._how, self._rngs[rows[i]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -251,7 +252,7 @@ class Model:
         self, prompt: Prompt | Sequence[Prompt], capture: Capture | str | Iterable[str] | None = None,
         edits: Sequence[Edit] | Edit = (), *, max_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
         top_k: int = 0, min_p: float = 0.0, seed: int | Sequence[int] | None = None,
-        stop: Iterable[int | str] | None = None,
+        stop: Iterable[int | str] | None = None, graph: bool | None = None,
     ) -> Any:
         """Continue a prompt. Nothing is computed until the generation is iterated or asked for its tokens.
 
@@ -262,6 +263,9 @@ class Model:
             seed: of the sampling. Row i of a batch uses seed + i, or the i-th of a list of seeds.
             stop: ids or texts of single tokens that end it; by default harmony's ``<|return|>`` and ``<|call|>``,
                 ``<|endoftext|>``, and what the checkpoint names.
+            graph: decode by a CUDA graph, captures and edits inside it (``model.graphs``). None for where that is
+                possible, unless the environment variable GPTOSS_GRAPH is 0; ``Generation.decoding`` tells. True makes
+                it an error where it is not, False never does.
 
         Returns:
             Generation, or a list of them for a list of prompts, decoded together.
@@ -273,7 +277,8 @@ class Model:
         seeds = _seeds(seed, len(rows))
         how = Sampling(temperature, top_k, top_p, min_p)
         edits = as_edits(edits)
-        driver = Driver(self, rows, as_capture(capture), edits, max_tokens, how, seeds, self._stop_ids(stop))
+        driver = Driver(self, rows, as_capture(capture), edits, max_tokens, how, seeds, self._stop_ids(stop),
+                        False if graph is None and os.environ.get("GPTOSS_GRAPH") == "0" else graph)
         return driver.generations[0] if prompts is None else driver.generations
 
     def _stop_ids(self, stop: Iterable[int | str] | None) -> frozenset[int]:

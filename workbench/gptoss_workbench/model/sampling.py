@@ -44,7 +44,8 @@ def sample(logits: Tensor, how: Sampling, rng: torch.Generator | None = None) ->
     if how.temperature == 0:
         token = int(logits.argmax())
     else:
-        token = int(torch.multinomial(probabilities(logits, how), 1, generator=rng))
+        weights = probabilities(logits, how)
+        token = int(torch.multinomial(weights if rng is None else weights.to(rng.device), 1, generator=rng))
     return token, float(logits[token] - log_total)
 
 
