@@ -4,6 +4,7 @@ PY := $(VENV)/bin/python
 NOTEBOOK ?= notebooks/01_first_light.ipynb
 LAB_ARGS ?=
 TEST_ARGS ?=
+GPU_ARGS ?=
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with=tests/notebooks/sanitize.cfg
 
 MAKEFLAGS += --no-print-directory
@@ -11,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
 PIP_INSTALL := $(PY) -m pip install -qq --progress-bar off -c constraints.txt
 
-.PHONY: help lab test test-long parity fuzz bench bench-20b lint notebooks wheel
+.PHONY: help lab test test-long parity fuzz bench bench-20b gpu lint notebooks wheel
 
 help:
 	@echo "make lab        open JupyterLab on $(NOTEBOOK)   (LAB_ARGS=... is passed on)"
@@ -20,6 +21,7 @@ help:
 	@echo "make parity     compare every site and layer with transformers, and write the table"
 	@echo "make fuzz       load 10,000 damaged checkpoints, and count what becomes of them"
 	@echo "make bench      the benchmarks; make bench-20b: a checkpoint of gpt-oss-20b's shape (writes 13.8 GB for a while)"
+	@echo "make gpu        tests, timings and memory on the NVIDIA GPU here, at the full shapes   (GPU_ARGS=... is passed on)"
 	@echo "make lint       ruff and pyright"
 	@echo "make notebooks  run the notebooks anew and clean them"
 	@echo "make wheel      build dist/*.whl"
@@ -80,6 +82,9 @@ bench: $(VENV)/.dev
 bench-20b: export OMP_WAIT_POLICY = PASSIVE
 bench-20b: $(VENV)/.dev
 	@$(PY) -m pytest tests/benchmarks/bench_full_shape.py -s $(TEST_ARGS)
+
+gpu: $(VENV)/.dev
+	@$(PY) -m tests.gpu.run $(GPU_ARGS)
 
 lint: $(VENV)/.dev
 	@$(VENV)/bin/ruff check .
