@@ -6,7 +6,8 @@ from torch import Tensor
 
 from gptoss_kernels import reference
 from gptoss_kernels.triton.attention_fused import attend
-from gptoss_kernels.triton.attention_pieces import FEW_ROWS, PART, attention_scores, attention_values, softmax_with_sink
+from gptoss_kernels.triton.attention_pieces import FEW_ROWS, PART
+from gptoss_kernels.triton.attention_spread import attend_spread
 from gptoss_kernels.triton.common import falls_back_to
 
 
@@ -29,6 +30,4 @@ def attention_shown(
     reach = k.shape[1] if window is None else min(k.shape[1], window + q.shape[1])
     if q.shape[1] * q.shape[2] // k.shape[2] > FEW_ROWS or reach <= PART:
         return attend(q, k, v, sinks, positions, key_positions, window, emit=show)
-    scores = attention_scores(q, k, reference.visible_keys(positions, key_positions, window))
-    pattern = softmax_with_sink(scores, sinks)
-    return attention_values(pattern, v), scores, pattern
+    return attend_spread(q, k, v, sinks, positions, key_positions, window, emit=show)

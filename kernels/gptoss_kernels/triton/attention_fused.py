@@ -52,7 +52,7 @@ def attend_kernel(
         column = start + tl.arange(0, KEYS)
         key_at = ((batch.to(tl.int64) * keys + column) * KV_HEADS + kv_head) * SIZE
         key = vectors(k, key_at, column < keys, SIZE, BLOCK_SIZE)
-        s = scores_of(query, key, _visible(place, first + column, window, column < keys), SCALE, dtype, FACTOR)
+        s = scores_of(query, key, visible(place, first + column, window, column < keys), SCALE, dtype, FACTOR)
         largest, total = see(largest, total, s)
         if EMIT:
             tl.store(scores + emitted * keys + column[None, :], s.to(dtype),
@@ -64,7 +64,7 @@ def attend_kernel(
         column = start + tl.arange(0, KEYS)
         key_at = ((batch.to(tl.int64) * keys + column) * KV_HEADS + kv_head) * SIZE
         key = vectors(k, key_at, column < keys, SIZE, BLOCK_SIZE)
-        s = scores_of(query, key, _visible(place, first + column, window, column < keys), SCALE, dtype, FACTOR)
+        s = scores_of(query, key, visible(place, first + column, window, column < keys), SCALE, dtype, FACTOR)
         share = shares(s, largest, inverse, dtype)
         mixed = mix(mixed, share, vectors(v, key_at, column < keys, SIZE, BLOCK_SIZE), FACTOR)
         if EMIT:
@@ -79,7 +79,7 @@ def attend_kernel(
 
 
 @triton.jit
-def _visible(query, key, window, exists):
+def visible(query, key, window, exists):
     """Positions of queries (rows,) and keys (keys,) -> (rows, keys) bool."""
     distance = query[:, None] - key[None, :]
     return (distance >= 0) & (distance < window) & ((key >= 0) & exists)[None, :]

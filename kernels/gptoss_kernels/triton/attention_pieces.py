@@ -1,8 +1,4 @@
-"""Attention in pieces, for hooks that change scores or pattern, and for one token against a long context.
-
-Fused attention gives a program all keys of a query. When a single token looks at thousands of keys that leaves most of
-a GPU idle; the pieces spread the keys over programs instead, at the price of scores in memory, which are few then.
-"""
+"""Attention in pieces, for hooks that change scores or pattern."""
 
 from __future__ import annotations
 
@@ -116,7 +112,7 @@ def attention_scores(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
     (batch, tokens, heads, size), (_, keys, kv_heads, _) = q.shape, k.shape
     scores = torch.empty(batch, heads, tokens, keys, dtype=q.dtype, device=q.device)
     visible = visible.expand(batch, tokens, keys).contiguous().view(torch.uint8)
-    rows, factor = _rows(tokens * heads // kv_heads), _factor(q)
+    rows, factor = query_rows(tokens * heads // kv_heads), _factor(q)
     if scores.numel():
         grid = (triton.cdiv(keys, KEYS), triton.cdiv(tokens * heads // kv_heads, rows), batch * kv_heads)
         scores_kernel[grid](q.contiguous(), k.contiguous(), visible, scores, tokens, keys, size**-0.5, kv_heads,
@@ -145,7 +141,7 @@ def attention_values(pattern: Tensor, v: Tensor) -> Tensor:
         return z
     n = triton.cdiv(keys, PART) if spread else 1
     parts = torch.empty(n, *z.shape, dtype=torch.float32, device=z.device) if spread else z
-    rows, factor = _rows(group_rows), _factor(v)
+    rows, factor = query_rows(group_rows), _factor(v)
     values_kernel[(n, triton.cdiv(group_rows, rows), batch * kv_heads)](
         pattern.contiguous(), v.contiguous(), parts, tokens, keys, kv_heads, heads // kv_heads, size,
         max(16, power_of_two(size)), rows, KEYS, PART if spread else keys, factor)
@@ -154,7 +150,8 @@ def attention_values(pattern: Tensor, v: Tensor) -> Tensor:
     return z
 
 
-def _rows(queries: int) -> int:
+def query_rows(queries: int) -> int:
+    """Queries of one program, heads counted one by one."""
     return min(ROWS, max(16, power_of_two(queries)))
 
 

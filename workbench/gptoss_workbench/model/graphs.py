@@ -51,7 +51,7 @@ class CudaRecording:
                     body()
             torch.cuda.current_stream().wait_stream(aside)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # other threads may go on
                 body()
 
     def play(self) -> None:
@@ -188,6 +188,7 @@ class Decoder:
 
     def __init__(self, model: Model, feed: Feed, cache: KVCache, more: int) -> None:
         self._model, self._feed, self._column, self._end = model, feed, len(cache), len(cache) + more
+        self._alive: list[bool] | None = None  # as the session's buffer has it
         self._session = self._started(cache)
 
     @property
@@ -201,6 +202,7 @@ class Decoder:
         session = pool(self._model).get(self._model, self._feed.plan, len(self._feed.rows), capacity)
         session.cache.load(cache, self._column)
         self._feed.attach(session.tap)
+        self._alive = None
         return session
 
     def step(self, ids: Mapping[int, int], positions: Mapping[int, int]) -> None:
@@ -219,13 +221,14 @@ class Decoder:
             self._session = self._started(self._session.cache)
         at = [positions.get(row, 0) for row in rows]
         self._feed.load(at, alive)
-        self._session.tap.alive.copy_(torch.tensor(alive))
+        if alive != self._alive:
+            self._session.tap.alive.copy_(torch.tensor(alive))
+        self._alive, self._at = alive, at
         self._session.step([ids.get(row, 0) for row in rows], at, self._column)
         self._outcome = self._session.outcome.tolist()  # waits for the GPU
         if len(self._outcome) > 2 and self._outcome[2][0]:
             raise self._feed.refusal()
         self._column += 1
-        self._alive, self._at = alive, at
 
     def change(self, feed: Feed) -> None:
         """Go on with other edits. Where they do the same with other values, so does the recording."""
@@ -235,6 +238,7 @@ class Decoder:
             feed.attach(before.tap)
         else:
             self._session = self._started(before.cache)
+            pool(self._model).give_back(before)
 
     def likeliest(self, row: int) -> tuple[int, float]:
         """The likeliest next token of a prompt and its log-probability in nats."""
@@ -248,8 +252,9 @@ class Decoder:
     def take(self) -> tuple[dict[int, Tensor], Filed]:
         """Hidden states (1, d_model) by prompt, and the captures of the newest step."""
         (_, hidden), *held = self._session.taken()
-        states = {row: hidden[i] for i, row in enumerate(self._feed.rows) if self._alive[i]}
-        return states, self._feed.file(held, self._at, self._alive, self._column)
+        alive = self._alive or []
+        states = {row: hidden[i] for i, row in enumerate(self._feed.rows) if alive[i]}
+        return states, self._feed.file(held, self._at, alive, self._column)
 
     def end(self) -> None:
         """Let the session serve somebody else."""
