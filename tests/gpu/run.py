@@ -58,7 +58,7 @@ def measure(options: argparse.Namespace) -> int:
         return 2
     if dry:
         graphs.RECORDERS["cpu"] = OpRecording
-    tokens = options.tokens or (6 if dry else 256)
+    tokens = options.tokens or (4 if dry else 256)
     lengths = (8, 12) if dry else (512, 2048)
     found = {"what": "gpt-oss shapes with random weights, batch 1, bfloat16, experts in MXFP4", "dry": dry,
              "machine": machine(device), "models": {}}
@@ -85,14 +85,14 @@ def measure(options: argparse.Namespace) -> int:
         two = Model(small, shapes.Maker(device).weights(small), name=f"two layers of {name}", kernels=kernels)
         prompt = [(11 * i + 5) % config.vocab_size for i in range(10 if dry else 300)]
         of_layers = checks.layers(two, prompt)
-        of_recordings = checks.recordings(two, prompt, 4 if dry else 24)
+        of_recordings = checks.recordings(two, prompt, 3 if dry else 24)
         del two
         speed.free(device)
         say(f"{name}: speed")
         model = Model(config, shapes.Maker(device).weights(config), name=name, kernels=kernels)
         one = {"kernels_relative_l2": of_kernels, "sublayers_relative_l2": of_layers, "recordings": of_recordings,
                "weights_gib": round(model.weights.nbytes / 2**30, 2),
-               "decode": speed.decode(model, prompt[:16], tokens, fastest),
+               "decode": speed.decode(model, prompt[:16], tokens, fastest, rounds=1 if dry else 3),
                "prefill_tokens_per_s": speed.prefill(model, lengths), **speed.memory(device),
                "goal_tokens_per_s": goal(found["machine"]["gpu"], name)}
         found["models"][name] = one

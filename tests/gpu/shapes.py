@@ -14,9 +14,9 @@ from gptoss_workbench.model.weights import LayerWeights, Weights
 from tests.benchmarks import full_shape
 
 DRY: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16,
-    "num_local_experts": 8, "vocab_size": 512, "sliding_window": 8, "num_hidden_layers": 2, "eos_token_id": 2,
-    "pad_token_id": 0,
+    "hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "num_local_experts": 4, "num_experts_per_tok": 2, "experts_per_token": 2, "vocab_size": 128, "sliding_window": 8,
+    "num_hidden_layers": 2, "eos_token_id": 2, "pad_token_id": 0,
 }
 """What a dry run has instead of the published sizes."""
 

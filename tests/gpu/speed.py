@@ -50,7 +50,7 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
-def decode(model: Model, prompt: list[int], tokens: int, floor_gb_s: float) -> dict[str, Any]:
+def decode(model: Model, prompt: list[int], tokens: int, floor_gb_s: float, rounds: int = 3) -> dict[str, Any]:
     """Milliseconds a token and tokens a second at batch 1, hooks off and on, and as a share of the floor.
 
     The first two tokens, in which the prompt is read and the step is recorded, do not count. The kinds take turns.
@@ -62,7 +62,7 @@ def decode(model: Model, prompt: list[int], tokens: int, floor_gb_s: float) -> d
         "hooks off, every kernel started by itself": {"graph": False},
     }
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
-    for _ in range(3):
+    for _ in range(rounds):
         for name, options in kinds.items():
             count = min(tokens, 20) if options.get("graph") is False else tokens
             gen = model.generate(prompt, max_tokens=count, stop=[], **options)

@@ -114,6 +114,20 @@ def test_a_chunk_after_others_is_the_whole(kernels: ModuleType, device: torch.de
     agree(torch.cat(parts, dim=1), _z(kernels, *whole.arguments()))
 
 
+@pytest.mark.parametrize("window", [None, 600])
+def test_columns_that_are_not_filled_change_nothing(
+    kernels: ModuleType, device: torch.device, window: int | None,
+) -> None:
+    """A cache with room for many more tokens gives what one that is full gives; Triton's kernels to the bit."""
+    roomy = Chunk(Case(1, 40, window, pads=(3,), spare=1000), device, torch.float32)
+    full = roomy.arguments()
+    exact = _z(kernels, full[0], *(x[:, :40].contiguous() for x in full[1:3]), *full[3:5], full[5][:, :40], window)
+    got = _z(kernels, *full)
+    agree(got, exact)
+    if kernels.name == "triton":
+        assert torch.equal(got, exact)
+
+
 def test_a_large_sink_takes_all(kernels: ModuleType, device: torch.device) -> None:
     chunk = Chunk(Case(3, 10), device, torch.float32)
     chunk.sinks[:] = torch.tensor([1e4, -1e4, 0.0, 0.0], device=device)

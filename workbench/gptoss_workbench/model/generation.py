@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from gptoss_workbench.model.model import Model
 
 
+Taken = tuple[dict[int, Tensor], Filed]
+"""Hidden states (token, d_model) by prompt, and captures, of one step."""
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
     """One generated token.
@@ -184,7 +188,7 @@ class Driver:
                          for row, seed in enumerate(seeds)]
         self._rngs = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
         self.generations = [Generation(model, prompt, self, row) for row, prompt in enumerate(self._prompts)]
-        self._read: list[tuple[dict[int, Tensor], Filed]] = []  # of each step: hidden states by prompt, captures
+        self._read: list[Taken | Callable[[], Taken]] = []  # of each step; recorded ones are taken apart when asked
         self._stopped = threading.Event()
         self._stop_rows: set[int] = set()
         self._lock = threading.RLock()
@@ -238,11 +242,17 @@ class Driver:
     def so_far(self, row: int) -> tuple[Tensor, dict[Place, Tensor], list[int], Layout]:
         """Hidden states, captures, captured positions and labels of one prompt."""
         with self._lock:
-            parts = [hidden[row] for hidden, _ in self._read if row in hidden]
+            read = self._taken()
+            parts = [hidden[row] for hidden, _ in read if row in hidden]
             hidden = torch.cat(parts) if parts else torch.empty(0, self._model.config.hidden_size)
-            own = [part for _, filed in self._read for part in filed if part[0] == row]
+            own = [part for _, filed in read for part in filed if part[0] == row]
             kept = join_chunks(group(own, len(self._prompts))[row], len(hidden))
             return hidden, kept, self._taps.positions_of(row, len(hidden)), self._taps.layout(row)
+
+    def _taken(self) -> list[Taken]:
+        found = [one() if callable(one) else one for one in self._read]
+        self._read = [*found]
+        return found
 
     def _end_stopped(self) -> None:
         for row in [row for row in self._active if row in self._stop_rows]:
@@ -279,13 +289,15 @@ class Driver:
         for row, reason in ended:
             self._leave(row, reason)
         if ended and not self._active and not self._stop_rows:
+            if self._capture.tokens is not None:
+                self._taken()  # whether they came by shows when they are filed
             self._taps.finish()
 
-    def _read_on(self, rows: list[int]) -> tuple[tuple[dict[int, Tensor], Filed], Callable[[int], tuple[int, float]]]:
+    def _read_on(self, rows: list[int]) -> tuple[Taken | Callable[[], Taken], Callable[[int], tuple[int, float]]]:
         """Read the prompts, or the newest token of each row.
 
         Returns:
-            Hidden states by prompt and captures; and a function that chooses the next token of the i-th row.
+            Hidden states by prompt and captures, or what gives them; and what chooses the next token of the i-th row.
         """
         device = self._model.device
         last = {row: self.generations[row].steps[-1] for row in rows if self._cache is not None}
@@ -323,7 +335,7 @@ class Driver:
         return decoder
 
     def _play(self, decoder: Decoder, rows: list[int], last: Mapping[int, Step]
-              ) -> tuple[tuple[dict[int, Tensor], Filed], Callable[[int], tuple[int, float]]]:
+              ) -> tuple[Callable[[], Taken], Callable[[int], tuple[int, float]]]:
         for row in rows:
             self._taps.note([row], [last[row].position], torch.tensor([[last[row].token]]))
         decoder.step({row: last[row].token for row in rows}, {row: last[row].position for row in rows})

@@ -94,6 +94,7 @@ class Session:
         self.cache = StaticCache(config, batch, capacity, self._inputs[-1:], model.transformer.kernels, dtype)
         self.tap = Steady(plan, batch, config.dimensions, dtype, device)
         self._recording: Recording | None = None
+        self._shapes: list[tuple[Place, torch.dtype, torch.Size]] | None = None
 
     @torch.no_grad()
     def step(self, ids: Sequence[int], positions: Sequence[int], column: int) -> None:
@@ -119,10 +120,21 @@ class Session:
         self._held = [(("hidden", None), hidden), *self.tap.held]
         self._flat = _joined([x for _, x in self._held])
 
-    def taken(self) -> list[tuple[Place, Tensor]]:
-        """The hidden states and what was captured in the newest step, in memory of their own."""
-        apart = {dtype: iter(flat.clone().split(sizes, dim=1)) for dtype, (flat, sizes) in self._flat.items()}
-        return [(place, next(apart[x.dtype]).view(x.shape)) for place, x in self._held]
+    def taken(self) -> Callable[[], list[tuple[Place, Tensor]]]:
+        """Put aside the hidden states and captures of the newest step, in a launch for each dtype.
+
+        Returns:
+            A function that takes them apart, which costs more time than the copy: for when somebody asks.
+        """
+        flats = {dtype: (flat.clone(), sizes) for dtype, (flat, sizes) in self._flat.items()}
+        held = [(place, x.dtype, x.shape) for place, x in self._held] if self._shapes is None else self._shapes
+        self._shapes = held
+
+        def apart() -> list[tuple[Place, Tensor]]:
+            parts = {dtype: iter(flat.split(sizes, dim=1)) for dtype, (flat, sizes) in flats.items()}
+            return [(place, next(parts[dtype]).view(shape)) for place, dtype, shape in held]
+
+        return apart
 
 
 def _likeliest(logits: Tensor) -> Tensor:
@@ -249,12 +261,20 @@ class Decoder:
         """(vocab,), until the next step."""
         return self._session.logits[self._feed.rows.index(row)]
 
-    def take(self) -> tuple[dict[int, Tensor], Filed]:
-        """Hidden states (1, d_model) by prompt, and the captures of the newest step."""
-        (_, hidden), *held = self._session.taken()
-        alive = self._alive or []
-        states = {row: hidden[i] for i, row in enumerate(self._feed.rows) if alive[i]}
-        return states, self._feed.file(held, self._at, alive, self._column)
+    def take(self) -> Callable[[], tuple[dict[int, Tensor], Filed]]:
+        """Put the newest step aside.
+
+        Returns:
+            A function that gives its hidden states (1, d_model) by prompt, and its captures.
+        """
+        apart, feed, at, alive, column = self._session.taken(), self._feed, self._at, self._alive or [], self._column
+
+        def read() -> tuple[dict[int, Tensor], Filed]:
+            (_, hidden), *held = apart()
+            states = {row: hidden[i] for i, row in enumerate(feed.rows) if alive[i]}
+            return states, feed.file(held, at, alive, column)
+
+        return read
 
     def end(self) -> None:
         """Let the session serve somebody else."""
