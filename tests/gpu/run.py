@@ -2,7 +2,8 @@
 
 On the GPU at hand: the kernels' tests, compute-sanitizer where it is installed, every kernel at the shapes of
 gpt-oss-20b and -120b against the reference, recorded against plain decoding, tokens a second, peak memory, transformers
-in the same run. Results go to ``tests/benchmarks/results/gpu_<name>.json``. Without a GPU it says so and exits with 2.
+in the same run. Results go to ``tests/benchmarks/results/gpu_<name>.json``. Where something is wrong it exits with 1,
+without a GPU it says so and exits with 2.
 
 ``--dry`` runs the same lines on the processor, in Triton's interpreter, at toy sizes: it measures nothing.
 """
@@ -37,7 +38,13 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.dry and not torch.cuda.is_available():
         print("make gpu: torch finds no NVIDIA GPU here; nothing was measured.", file=sys.stderr)
         return 2
-    return measure(options)
+    from tests.gpu.checks import Wrong
+
+    try:
+        return measure(options)
+    except Wrong as error:
+        print(f"make gpu: {error}", file=sys.stderr)
+        return 1
 
 
 def measure(options: argparse.Namespace) -> int:
@@ -59,7 +66,7 @@ def measure(options: argparse.Namespace) -> int:
     if dry:
         graphs.RECORDERS["cpu"] = OpRecording
     tokens = options.tokens or (4 if dry else 256)
-    lengths = (8, 12) if dry else (512, 2048)
+    lengths = (8,) if dry else (512, 2048)
     found = {"what": "gpt-oss shapes with random weights, batch 1, bfloat16, experts in MXFP4", "dry": dry,
              "machine": machine(device), "models": {}}
 
@@ -83,9 +90,9 @@ def measure(options: argparse.Namespace) -> int:
         of_kernels = checks.kernels(config, kernels, device, dry)
         small = ModelConfig.from_hf(shapes.config(name, dry, num_hidden_layers=2))
         two = Model(small, shapes.Maker(device).weights(small), name=f"two layers of {name}", kernels=kernels)
-        prompt = [(11 * i + 5) % config.vocab_size for i in range(10 if dry else 300)]
+        prompt = [(11 * i + 5) % config.vocab_size for i in range(6 if dry else 300)]
         of_layers = checks.layers(two, prompt)
-        of_recordings = checks.recordings(two, prompt, 3 if dry else 24)
+        of_recordings = checks.recordings(two, prompt, 3 if dry else 24, dry)
         del two
         speed.free(device)
         say(f"{name}: speed")
@@ -93,14 +100,17 @@ def measure(options: argparse.Namespace) -> int:
         one = {"kernels_relative_l2": of_kernels, "sublayers_relative_l2": of_layers, "recordings": of_recordings,
                "weights_gib": round(model.weights.nbytes / 2**30, 2),
                "decode": speed.decode(model, prompt[:16], tokens, fastest, rounds=1 if dry else 3),
-               "prefill_tokens_per_s": speed.prefill(model, lengths), **speed.memory(device),
+               "prefill_tokens_per_s": speed.prefill(model, lengths, rounds=1 if dry else 3), **speed.memory(device),
                "goal_tokens_per_s": goal(found["machine"]["gpu"], name)}
         found["models"][name] = one
         graphs.pool(model).clear()
         del model
         speed.free(device)
         if "peer" not in options.skip:
-            one["transformers"] = speed.transformers(plain, prompt[:16], tokens, lengths, device)
+            try:
+                one["transformers"] = speed.transformers(plain, prompt[:16], tokens, lengths, device)
+            except torch.OutOfMemoryError as error:
+                one["transformers"] = f"out of memory: {str(error).partition('.')[0]}"
         say(json.dumps(one, indent=2))
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / f"gpu_{file_name(found['machine']['gpu'])}.json"

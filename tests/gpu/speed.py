@@ -82,8 +82,8 @@ def decode(model: Model, prompt: list[int], tokens: int, floor_gb_s: float, roun
     return found
 
 
-def prefill(model: Model, lengths: tuple[int, ...]) -> dict[str, Any]:
-    """Tokens a second of reading a prompt, logits of its last token included; the best of three."""
+def prefill(model: Model, lengths: tuple[int, ...], rounds: int = 3) -> dict[str, Any]:
+    """Tokens a second of reading a prompt, logits of its last token included; the best of a few."""
     found = {}
     for length in lengths:
         ids = [(7 * i + 3) % model.config.vocab_size for i in range(length)]
@@ -93,7 +93,7 @@ def prefill(model: Model, lengths: tuple[int, ...]) -> dict[str, Any]:
             model.transformer.unembed(run.hidden[-1:])
 
         read()
-        found[str(length)] = round(length / min(_timed(read, model.device) for _ in range(3)), 1)
+        found[str(length)] = round(length / min(_timed(read, model.device) for _ in range(rounds)), 1)
     return found
 
 

@@ -6,6 +6,8 @@ reference ones, with experts that read nothing on the host; ``test_graphs_triton
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -179,7 +181,8 @@ def test_what_was_captured_stays_as_it_was(tiny: Model) -> None:
     """Buffers are written again for each token; what a person holds is not."""
     gen = tiny.generate(IDS, capture="resid_post", max_tokens=TOKENS, stop=[], graph=True)
     steps = iter(gen)
-    next(steps), next(steps)
+    for _ in range(2):
+        next(steps)
     seen = gen.data["resid_post"].copy(deep=True)
     gen.finish()
     assert np.array_equal(gen.data["resid_post"].sel(token=seen.token), seen)
@@ -268,12 +271,23 @@ def test_changing_one_row_leaves_the_others(tiny: Model) -> None:
 def test_edits_that_can_not_change_in_the_middle(tiny: Model) -> None:
     gen = tiny.generate(IDS, max_tokens=4, stop=[], graph=True)
     steps = iter(gen)
-    next(steps), next(steps)
+    for _ in range(2):
+        next(steps)
     with pytest.raises(EditError, match="middle of a text"):
         gen.change(wb.zero("mlp.out", tokens=wb.where(channel="final")))
     with pytest.raises(WorkbenchError, match="function of your own"):
         gen.change(wb.apply("mlp.out", torch.neg))
     assert len(gen.finish().tokens) == 4
+
+
+def test_waiting_recordings_keep_no_model_alive(tiny: Model) -> None:
+    other = Model(tiny.config, tiny.weights, kernels=steady_kernels)
+    other.generate(IDS, max_tokens=3, stop=[], graph=True).finish()
+    assert recordings(other) == 1
+    gone = weakref.ref(other.transformer)
+    del other
+    gc.collect()
+    assert gone() is None
 
 
 # what can't be recorded ---------------------------------------------------------------------------------------------

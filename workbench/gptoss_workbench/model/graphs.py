@@ -87,7 +87,8 @@ class Session:
 
     def __init__(self, model: Model, plan: Plan, batch: int, capacity: int) -> None:
         weights, config = model.weights, model.config
-        self.key, self._transformer, self._batch = (plan, batch, capacity), model.transformer, batch
+        self.key, self._batch = (plan, batch, capacity), batch
+        self._transformer = weakref.ref(model.transformer)  # a session that waits must not keep a model alive
         dtype, device = weights.embed.dtype, model.device
         self._inputs = torch.zeros(2 * batch + 1, dtype=torch.int64, device=device)
         self._ids, self._positions = self._inputs[: 2 * batch].view(2, batch, 1).unbind()
@@ -107,7 +108,8 @@ class Session:
 
     def _body(self) -> None:
         self.tap.begin()
-        transformer = self._transformer
+        transformer = self._transformer()
+        assert transformer is not None  # whoever decodes holds the model
         hidden = transformer(self._ids, self._positions, self.cache, self.tap)  # type: ignore[arg-type]
         if self.tap.watches(None, "logits"):
             self.logits = self.tap("logits", None, transformer.unembed(hidden))[:, -1]
