@@ -26,6 +26,7 @@ def test_without_a_gpu_it_says_so(repository: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_dry_run_goes_through(repository: Path, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     done = run(repository, "--dry", "--models", "20b", "--results", str(tmp_path))
