@@ -158,7 +158,7 @@ def recordings(model: Model, ids: list[int], tokens: int, dry: bool) -> dict[str
         "by expert": {"edits": [wb.scale("expert.out", 0.5, expert=[0, 2])], "capture": "mlp.out"},
     }
     found = {}
-    for name, options in list(plans.items())[1:3] if dry else plans.items():
+    for name, options in list(plans.items())[2:3] if dry else plans.items():
         plain, recorded = (model.generate(ids, max_tokens=tokens, stop=[], graph=graph, **options).finish()
                            for graph in (False, True))
         if recorded.decoding != "recorded":
