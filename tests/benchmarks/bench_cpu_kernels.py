@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
-ROUNDS = 60
+ROUNDS = 30
 RATIOS = {  # name: (what, of what), speeds in bytes of weights read a second unless it says times
     "expert / reading": ("expert, bfloat16", "read"),
     "expert / C++": ("expert, bfloat16", "expert, C++"),
