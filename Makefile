@@ -81,7 +81,7 @@ bench: $(VENV)/.dev
 
 bench-20b: export OMP_WAIT_POLICY = PASSIVE
 bench-20b: $(VENV)/.dev
-	@$(PY) -m pytest tests/benchmarks/bench_full_shape.py -s $(TEST_ARGS)
+	@$(PY) -m pytest tests/benchmarks/bench_full_shape.py tests/benchmarks/bench_20b.py -s $(TEST_ARGS)
 
 gpu: $(VENV)/.dev
 	@$(PY) -m tests.gpu.run $(GPU_ARGS)

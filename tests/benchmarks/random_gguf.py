@@ -1,4 +1,6 @@
-"""A random gpt-oss model in llama.cpp's file format: ``python -m tests.benchmarks.random_gguf FILE {bf16|q8_0} [LAYERS]``.
+"""A random gpt-oss model in llama.cpp's file format.
+
+``python -m tests.benchmarks.random_gguf FILE {bf16|q8_0} [LAYERS]``
 
 Experts in MXFP4; the other matrices in bfloat16 as in the published checkpoint, or in Q8_0 as in the files that
 llama.cpp's people publish. Shapes are those of gpt-oss-20b, values are random and small, and there is no vocabulary:

@@ -8,23 +8,22 @@ logit, and between these and reading the unembedding by plain loads: so the rati
 
 from __future__ import annotations
 
-import time
-
-BEGUN = time.perf_counter()
-
 import ctypes
 import json
 import re
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 import gptoss_workbench as wb
 from gptoss_kernels import cpu
 
+STARTED = psutil.Process().create_time()
 PROMPT = 8
 CAPTURE = ["resid", "router.logits"]
 EVERY = 4
@@ -67,7 +66,7 @@ def decode(model: Any, tokens: int, library: str | None, threads: int) -> dict[s
     ids = prompt(PROMPT)
     plain = iter(model.generate(ids, max_tokens=tokens + 1, stop=[]))
     next(plain)
-    first = time.perf_counter() - BEGUN
+    first = time.time() - STARTED
     captured = iter(model.generate(ids, capture=CAPTURE, max_tokens=tokens + 1, stop=[]))
     next(captured)
     read = reader(library, model.weights.unembed, threads) if library else None
@@ -98,7 +97,7 @@ def prefill(model: Any, tokens: int) -> dict[str, Any]:
 def main(folder: str, what: str, threads: int, tokens: int, library: str | None) -> dict[str, Any]:
     torch.set_num_threads(threads)
     model = wb.load(folder)
-    loaded = time.perf_counter() - BEGUN
+    loaded = time.time() - STARTED
     found = decode(model, tokens, library, threads) if what == "decode" else prefill(model, tokens)
     return {**found, "loaded": loaded, "tokens": tokens, "threads": threads, "peak": peak(),
             "kernels": f"{model.transformer.kernels.name}: {cpu.outlook().split(';')[0]}",

@@ -41,8 +41,11 @@ class Engine:
         few = {expert: places for expert, places in served.items() if len(places) < matmul.many()}
         if few:
             self._few(x, few, 1 if per_slot else k, weight, bias, out)
-        for expert, places in served.items():
-            if expert not in few:
+        many = {expert: places for expert, places in served.items() if expert not in few}
+        if many and self._in_tiles(x.dtype):
+            self._tiles(x, many, 1 if per_slot else k, weight, bias, out)
+        else:
+            for expert, places in many.items():
                 where = torch.tensor(places)
                 rows = x[where if per_slot else where // k]
                 self._many(rows, weight[expert], bias[expert], out, where)
@@ -53,7 +56,10 @@ class Engine:
         if not self._suits_dense(x, weight, bias):
             return F.linear(x, weight, bias)
         rows = x.contiguous().view(-1, x.shape[-1])
-        if len(rows) < matmul.many() and x.shape[-1] % BLOCK == 0:
+        whole = x.shape[-1] % BLOCK == 0
+        if whole and len(rows) >= matmul.many() and not matmul.native():
+            out = _dense_tiles(rows, weight, bias)
+        elif whole and len(rows) < matmul.many():
             bias = None if bias is None else bias.contiguous()
             out = products.dense_rows(rows, weight, bias, self.path.dense)
         else:
@@ -93,6 +99,28 @@ class Engine:
         jobs = [number for pair in zip(sources, places) for number in pair]
         products.expert_rows(x, groups, jobs, weight, bias, out, self.path.experts[x.dtype])
 
+    def _in_tiles(self, dtype: torch.dtype) -> bool:
+        """Whether many rows are multiplied in float32, by the tiles of ``products.expert_tiles``."""
+        return dtype == torch.float32 or not matmul.native()
+
+    def _tiles(self, x: Tensor, served: dict[int, list[int]], slots: int, weight: Mxfp4Tensor, bias: Tensor, out: Tensor
+               ) -> None:
+        """Experts with many rows each: out = rounded(rows @ expert.T) + bias. Tokens that fill up a panel are dropped.
+        """
+        seats, experts, groups = [], [], []
+        for expert, places in served.items():
+            first = len(seats) // products.TILE_TOKENS
+            seats += places + [-1] * (-len(places) % products.TILE_TOKENS)
+            groups += (expert, first, len(seats) // products.TILE_TOKENS)
+            experts += [expert] * len(places)
+        at = torch.tensor(seats)
+        real = at >= 0
+        rows = x[at.clamp(min=0) // slots].float().view(-1, products.TILE_TOKENS, x.shape[1])
+        way = self.path.scratch[torch.float32]
+        found = products.expert_tiles(rows.transpose(1, 2).contiguous(), groups, weight, way)
+        product = found.transpose(1, 2).reshape(len(at), -1)[real].to(x.dtype)
+        out[at[real]] = product + bias[torch.tensor(experts)]
+
     def _many(self, rows: Tensor, weight: Mxfp4Tensor, bias: Tensor, out: Tensor, where: Tensor) -> None:
         """One expert with many rows: out[where] = rounded(rows @ expert.T) + bias."""
         dtype = rows.dtype
@@ -106,6 +134,15 @@ class Engine:
             products.unpack(weight[start:stop], decoded, way)
             torch.mm(rows, decoded.T, out=product[:, start:stop])
         out[where] = product.to(dtype) + bias
+
+
+def _dense_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Many rows times a bfloat16 matrix, plus bias, in float32; one rounding at the end."""
+    missing = -len(rows) % products.TILE_TOKENS
+    filled = F.pad(rows.float(), (0, 0, 0, missing)).view(-1, products.TILE_TOKENS, rows.shape[1])
+    product = products.dense_tiles(filled.transpose(1, 2).contiguous(), weight).transpose(1, 2)
+    product = product if bias is None else product + bias.float()
+    return product.to(rows.dtype).reshape(-1, len(weight))[: len(rows)]
 
 
 def _on_cpu(*tensors: Tensor) -> bool:

@@ -17,14 +17,20 @@ from torch import Tensor
 from gptoss_kernels.cpu import codecache, tables, team
 from gptoss_kernels.mxfp4 import BLOCK, Mxfp4Tensor
 
-PAIRS, DIGITS, FLOATS = 0, 1, 2
+PAIRS, DIGITS, FLOATS, DENSE_FLOATS = 0, 1, 2, 20
 """As in ``rows``, which is not imported before something must be compiled: it brings numba."""
 
-FIELDS = 16
+FIELDS = 20
 """As in ``tasks``."""
 
 ITEM_BYTES = 1 << 17
 """Bytes of weights that a thread takes at a time: small beside a matrix, large beside the cost of taking."""
+
+TILE_TOKENS = 16
+"""As in ``tiles``."""
+
+TILE_BYTES = 288 << 10
+"""Of rows decoded to float32 at a time: they stay in a core's own cache."""
 
 _compiling = threading.Lock()
 
@@ -90,6 +96,44 @@ def expert_rows(x: Tensor, groups: Sequence[int], jobs: Sequence[int], weight: M
     run(task("mxfp4_rows", way), count * -(-height // per_item), weight.blocks.data_ptr(), weight.scales.data_ptr(),
         groups_told.buffer_info()[0], jobs_told.buffer_info()[0], ready.data_ptr(), bias.data_ptr(), out.data_ptr(),
         tables.powers().data_ptr(), height, width, ready.shape[1], per_item, count, int(x.dtype == torch.float32))
+
+
+def expert_tiles(panels: Tensor, groups: Sequence[int], weight: Mxfp4Tensor, way: int) -> Tensor:
+    """Panels of activations times the matrices of their experts, in float32.
+
+    Args:
+        panels: float32 (P, K, TILE_TOKENS), tokens side by side.
+        groups: three numbers each, an expert and a stretch of the panels; its matrix is decoded once for all of them.
+        weight: (E, R, K).
+
+    Returns:
+        float32 (P, R, TILE_TOKENS).
+    """
+    height, width = weight.scales.shape[1:]
+    table = {DIGITS: tables.halves, FLOATS: tables.powers}[way]()
+    return _tiles(panels, groups, way + 10, weight.blocks.data_ptr(), weight.scales.data_ptr(), table.data_ptr(), height,
+                  width, width * BLOCK // 2)
+
+
+def dense_tiles(panels: Tensor, weight: Tensor) -> Tensor:
+    """Panels of activations, see ``expert_tiles``, times a bfloat16 matrix (R, K) -> float32 (P, R, TILE_TOKENS)."""
+    height, length = weight.shape
+    return _tiles(panels, (0, 0, len(panels)), DENSE_FLOATS, weight.data_ptr(), 0, 0, height, length // BLOCK,
+                  2 * length)
+
+
+def _tiles(panels: Tensor, groups: Sequence[int], way: int, rows: int, scales: int, table: int, height: int, width: int,
+           row_bytes: int) -> Tensor:
+    out = torch.empty(len(panels), height, TILE_TOKENS)
+    per_item = min(height, max(6, TILE_BYTES // (width * BLOCK * 4) // 6 * 6))
+    count = len(groups) // 3
+    items = count * -(-height // per_item)
+    scratch = torch.empty(max(1, min(torch.get_num_threads(), items)) * per_item * width * BLOCK)
+    groups_told, seats = array("q", groups), array("q", (0,))
+    run(task("tiled", way), items, rows, scales, groups_told.buffer_info()[0], panels.data_ptr(), out.data_ptr(), table,
+        scratch.data_ptr(), seats.buffer_info()[0], height, width, per_item, count, width * BLOCK * TILE_TOKENS * 4,
+        TILE_TOKENS * 4, row_bytes)
+    return out
 
 
 def dense_rows(x: Tensor, weight: Tensor, bias: Tensor | None, way: int) -> Tensor:

@@ -10,12 +10,12 @@ from typing import Any
 
 from numba import extending, types
 
-from gptoss_kernels.cpu.compiled import dense, digits, floats, pairs, unpack
+from gptoss_kernels.cpu.compiled import dense, digits, floats, pairs, tiles, unpack
 from gptoss_kernels.cpu.compiled.emit import Emit
 
 intrinsic: Any = extending.intrinsic
 
-PAIRS, DIGITS, FLOATS = 0, 1, 2
+PAIRS, DIGITS, FLOATS, DENSE_FLOATS = 0, 1, 2, 20
 
 PRODUCTS: Mapping[int, Callable[..., Any]] = {PAIRS: pairs.dot, DIGITS: digits.dot, FLOATS: floats.dot}
 DENSE: Mapping[int, Callable[..., Any]] = {PAIRS: dense.dot_pairs, FLOATS: dense.dot_floats}
@@ -25,8 +25,9 @@ UNPACK: Mapping[int, Callable[..., Any]] = {
     DIGITS + 10: lambda *args: unpack.by_bytes(*args, to_float32=True),
     FLOATS: lambda *args: unpack.by_arithmetic(*args, to_float32=False),
     FLOATS + 10: lambda *args: unpack.by_arithmetic(*args, to_float32=True),
+    DENSE_FLOATS: unpack.widen,
 }
-"""Ten more than the way means: to float32 instead of bfloat16."""
+"""Ten more than the way means: to float32 instead of bfloat16. The last one is for rows that are not packed."""
 
 
 @intrinsic(prefer_literal=True)
@@ -58,3 +59,14 @@ def mxfp4_unpack(typing: Any, way: Any, blocks: Any, scales: Any, out: Any, tabl
         emit(Emit(builder), *args[1:])
         return context.get_dummy_value()
     return types.void(way, *[types.int64] * 5), code
+
+
+@intrinsic(prefer_literal=True)
+def tile(typing: Any, count: Any, rows: Any, x: Any, out: Any, length: Any, out_step: Any) -> Any:
+    """``tiles.product`` of a literal number of rows."""
+    number = count.literal_value
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        tiles.product(Emit(builder), *args[1:], number)
+        return context.get_dummy_value()
+    return types.void(count, *[types.int64] * 5), code

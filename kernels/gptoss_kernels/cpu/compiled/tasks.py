@@ -1,6 +1,6 @@
 """Whole products as functions of one address, which any number of threads may run at the same time.
 
-The address is that of 16 int64: first the number of the next item, then how many there are, then what the task needs.
+The address is that of 20 int64: first the number of the next item, then how many there are, then what the task needs.
 Threads take items until none is left. The results do not depend on how many threads there are: an item is a stretch of
 rows, and each row is computed by one thread in one order.
 """
@@ -18,7 +18,7 @@ from gptoss_kernels.cpu.compiled.machine import address, bits_of, float_of, take
 
 carray: Any = numba.carray  # type: ignore[attr-defined]
 
-FIELDS = 16
+FIELDS = 20
 SIGNATURE = types.void(types.voidptr)
 
 
@@ -105,6 +105,44 @@ def mxfp4_scratch(way: int, keep: bool) -> Any:
             for row in range(start, min(start + per_item, height)):
                 rows.mxfp4_unpack(way, blocks + row * width * 16, scales + row * width,
                                   out + row * width * 32 * size, tables, width)
+    return task
+
+
+def tiled(way: int, keep: bool) -> Any:
+    """Products of panels of activations with all rows of some matrices. See ``products.expert_tiles``."""
+    @numba.cfunc(SIGNATURE, cache=keep)
+    def task(at):
+        a = carray(at, (FIELDS,), np.int64)
+        blocks, scales, groups_at, x, out, tables, scratch, seats_at = a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]
+        height, width, per_item, groups, panel_step, out_step = a[10], a[11], a[12], a[13], a[14], a[15]
+        row_bytes = a[16]
+        group = carray(address(groups_at), (groups, 3), np.int64)
+        stretches = (height + per_item - 1) // per_item
+        length = width * 32
+        counter = at_number(a)
+        mine = scratch + take(seats_at) * per_item * length * 4
+        while True:
+            item = take(counter)
+            if item >= a[1]:
+                return
+            g, start = item // stretches, item % stretches * per_item
+            expert, first, last = group[g, 0], group[g, 1], group[g, 2]
+            stop = min(start + per_item, height)
+            for row in range(start, stop):
+                place = expert * height + row
+                rows.mxfp4_unpack(way, blocks + place * row_bytes, scales + place * width,
+                                  mine + (row - start) * length * 4, tables, width)
+            for panel in range(first, last):
+                here = out + (panel * height + start) * out_step
+                row = 0
+                while row + 6 <= stop - start:
+                    rows.tile(6, mine + row * length * 4, x + panel * panel_step, here + row * out_step, length,
+                              out_step)
+                    row += 6
+                while row < stop - start:
+                    rows.tile(1, mine + row * length * 4, x + panel * panel_step, here + row * out_step, length,
+                              out_step)
+                    row += 1
     return task
 
 

@@ -69,6 +69,16 @@ def by_arithmetic(e: Emit, blocks: Any, scales: Any, out: Any, powers: Any, coun
     e.loop(e.number(0), count, 1, [], one)
 
 
+def widen(e: Emit, row: Any, _: Any, out: Any, __: Any, count: Any) -> None:
+    """A row of bfloat16, 32 values at a time, to float32."""
+    def one(i: Any, _: list[Any]) -> list[Any]:
+        for half in (0, 1):
+            put(e, e.load(vector(I16, 16), e.after(e.at(row, i, 64), 32 * half)), e.at(out, i, 128), half, True)
+        return []
+
+    e.loop(e.number(0), count, 1, [], one)
+
+
 def put(e: Emit, words: Any, block: Any, half: int, to_float32: bool) -> None:
     """Store 16 values, given as bits of bfloat16, into one half of a block."""
     b = e.b
