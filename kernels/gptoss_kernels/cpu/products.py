@@ -111,8 +111,8 @@ def expert_tiles(panels: Tensor, groups: Sequence[int], weight: Mxfp4Tensor, way
     """
     height, width = weight.scales.shape[1:]
     table = {DIGITS: tables.halves, FLOATS: tables.powers}[way]()
-    return _tiles(panels, groups, way + 10, weight.blocks.data_ptr(), weight.scales.data_ptr(), table.data_ptr(), height,
-                  width, width * BLOCK // 2)
+    return _tiles(panels, groups, way + 10, weight.blocks.data_ptr(), weight.scales.data_ptr(), table.data_ptr(),
+                  height, width, width * BLOCK // 2)
 
 
 def dense_tiles(panels: Tensor, weight: Tensor) -> Tensor:
