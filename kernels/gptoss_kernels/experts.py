@@ -6,7 +6,7 @@ costs the same scratch as a forward pass, and a decoded copy of all experts neve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,10 @@ from gptoss_kernels.mxfp4 import Mxfp4Tensor, dequantize
 ExpertWeight = Mxfp4Tensor | Tensor
 
 SCRATCH_VALUES = 1 << 20  # decoded at a time, if one expert is not larger: many small experts cost one lookup together
+
+ROWS_AT_ONCE = 1024
+"""Rows of one expert in one product: enough for a fast one, few enough to stay near the processor. The same for all,
+so that the bits do not depend on who looks."""
 
 
 def expert_products(rows: Tensor, experts: Tensor, weight: ExpertWeight) -> Tensor:
@@ -52,23 +56,60 @@ def _products(rows: Tensor, experts: Tensor, weight: ExpertWeight, transposed: b
     order = experts.argsort(stable=True)  # rows of the same expert next to each other
     counts = torch.bincount(experts, minlength=weight.shape[0]).tolist()
     chosen = [expert for expert, count in enumerate(counts) if count]
-    pieces = rows[order].split([counts[expert] for expert in chosen])
+    # index_select moves whole rows: six times as fast as rows[order] on a processor.
+    pieces = rows.index_select(0, order).split([counts[expert] for expert in chosen])
     together = max(1, SCRATCH_VALUES // (weight.shape[1] * weight.shape[2]))
     products: list[Tensor] = []
     for start in range(0, len(chosen), together):
         part = slice(start, start + together)
         products += _group(pieces[part], weight, chosen[part], transposed)
-    joined = torch.cat(products)
-    out = torch.empty_like(joined)
-    out[order] = joined
-    return out
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return torch.cat(products).index_select(0, back)
+
+
+def expert_outputs(
+    x: Tensor, experts: Tensor, gate_up: ExpertWeight, gate_up_bias: Tensor, down: ExpertWeight, down_bias: Tensor,
+    middle: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Both maps of the chosen experts with ``middle`` between them, some rows at a time: x (N, in) -> (N, k, out).
+
+    The same products as two times ``expert_products``, but what lies between is never there for all rows: with
+    thousands of rows it would go through memory a dozen times. Not differentiable.
+
+    Args:
+        experts: (N, k) int64.
+        gate_up, gate_up_bias: (E, 2F, in) and (E, 2F); down, down_bias: (E, out, F) and (E, out).
+        middle: (rows, 2F) -> (rows, F).
+    """
+    flat, count = experts.reshape(-1), experts.shape[1]
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=gate_up.shape[0]).tolist()
+    chosen = [expert for expert, rows in enumerate(counts) if rows]
+    tokens = (order // count).split([counts[expert] for expert in chosen])
+    together = max(1, SCRATCH_VALUES // (gate_up.shape[1] * gate_up.shape[2]))
+    outputs: list[Tensor] = []
+    for start in range(0, len(chosen), together):
+        group = chosen[start:start + together]
+        first, second = (_matrices(weight, group, x.dtype) for weight in (gate_up, down))
+        for number, expert in enumerate(group):
+            for part in tokens[start + number].split(ROWS_AT_ONCE):
+                hidden = middle(product(x.index_select(0, part), first[number], False) + gate_up_bias[expert])
+                outputs.append(product(hidden, second[number], False) + down_bias[expert])
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return torch.cat(outputs).index_select(0, back).view(*experts.shape, -1)
+
+
+def _matrices(weight: ExpertWeight, experts: list[int], dtype: torch.dtype) -> Sequence[Tensor]:
+    return _decode(weight[experts], dtype) if isinstance(weight, Mxfp4Tensor) else [weight[e] for e in experts]
 
 
 def _group(pieces: Sequence[Tensor], weight: ExpertWeight, experts: list[int], transposed: bool) -> list[Tensor]:
     """The products of a few experts. What was decoded for them goes when this returns, before the next are decoded."""
-    matrices = _decode(weight[experts], pieces[0].dtype) if isinstance(weight, Mxfp4Tensor) else \
-        [weight[expert] for expert in experts]
-    return [product(piece, w, transposed) for piece, w in zip(pieces, matrices, strict=True)]
+    matrices = _matrices(weight, experts, pieces[0].dtype)
+    return [product(part, w, transposed) for piece, w in zip(pieces, matrices, strict=True)
+            for part in piece.split(ROWS_AT_ONCE)]
 
 
 def _decode(packed: Mxfp4Tensor, dtype: torch.dtype) -> Tensor:

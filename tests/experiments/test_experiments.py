@@ -56,11 +56,15 @@ def test_patching_what_is_equal_changes_nothing_and_the_last_place_everything(ti
 
 
 def test_patching_reports_and_stops(tiny) -> None:
-    seen = []
-    result = wb.patching(tiny, CLEAN, CORRUPT, metric=METRIC,
-                         on_progress=lambda done, total: seen.append((done, total)), should_stop=lambda: len(seen) >= 2)
-    assert seen == [(10, 40), (20, 40)]
-    assert np.isfinite(result.values[:2]).all() and np.isnan(result.values[2:]).all()
+    seen, plans = [], []
+    part = wb.patching(tiny, CLEAN, CORRUPT, metric=METRIC, memory=1 << 20, on_plan=plans.append,
+                       on_progress=lambda done, total: seen.append((done, total)), should_stop=lambda: len(seen) >= 2)
+    assert plans[0].cases == 32 and plans[0].waves > 2  # two tokens come before the first that differs
+    done, total = seen[-1]
+    assert len(seen) == 2 and 8 < done < total == 40 and int(np.isfinite(part).sum()) == done
+    assert (part.values[:, :2] == 0).all()
+    whole = wb.patching(tiny, CLEAN, CORRUPT, metric=METRIC, resume=part)
+    np.testing.assert_allclose(whole, wb.patching(tiny, CLEAN, CORRUPT, metric=METRIC), atol=1e-4)
 
 
 @pytest.mark.parametrize("clean, corrupt, site, words", [

@@ -279,13 +279,14 @@ def test_patch_errors_are_told_in_words(dash, box, text, said):
 
 
 def test_a_patch_can_be_stopped(dash, monkeypatch):
-    run = type(dash.model).run
+    transformer = type(dash.model.transformer)
+    experts = transformer.experts
 
     def slowly(self, *args, **options):
         time.sleep(0.1)
-        return run(self, *args, **options)
+        return experts(self, *args, **options)
 
-    monkeypatch.setattr(type(dash.model), "run", slowly)
+    monkeypatch.setattr(transformer, "experts", slowly)
     dash.start_patch()
     assert dash.answer_button.disabled
     time.sleep(0.35)

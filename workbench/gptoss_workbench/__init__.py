@@ -27,6 +27,9 @@ _WHERE = {
     "force_experts": "hooks.routing", "swap_experts": "hooks.routing", "router_temperature": "hooks.routing",
     "replay_routes": "hooks.routing",
     "patching": "experiments.patching", "logit_diff": "experiments.metrics", "Metric": "experiments.metrics",
+    "probability": "experiments.metrics", "rank": "experiments.metrics", "kl_divergence": "experiments.metrics",
+    "causal_tracing": "experiments.causal_tracing", "path_patching": "experiments.path_patching",
+    "summarize": "experiments.uncertainty", "sweep": "experiments.sweep", "ProgressLine": "experiments.sweeps.watch",
     "logit_lens": "experiments.lens", "next_tokens": "experiments.lens",
     "expert_usage": "experiments.usage", "token_quantity": "experiments.quantities",
     "TOKEN_QUANTITIES": "experiments.quantities",
@@ -41,14 +44,19 @@ __all__ = [*_WHERE, *_ROOMS, "explore"]
 if TYPE_CHECKING:
     from gptoss_workbench import errors, experiments, harmony, hooks, model, nano, plots, store
     from gptoss_workbench.checkup import doctor
+    from gptoss_workbench.experiments.causal_tracing import causal_tracing
     from gptoss_workbench.experiments.decompose import decompose_residual, expert_contributions, head_contributions
     from gptoss_workbench.experiments.direct_attribution import direct_logit_attribution
     from gptoss_workbench.experiments.gradients import gradients
     from gptoss_workbench.experiments.lens import logit_lens, next_tokens
-    from gptoss_workbench.experiments.metrics import Metric, logit_diff
+    from gptoss_workbench.experiments.metrics import Metric, kl_divergence, logit_diff, probability, rank
     from gptoss_workbench.experiments.parts import COMPONENT_SITES
     from gptoss_workbench.experiments.patching import patching
+    from gptoss_workbench.experiments.path_patching import path_patching
     from gptoss_workbench.experiments.quantities import TOKEN_QUANTITIES, token_quantity
+    from gptoss_workbench.experiments.sweep import sweep
+    from gptoss_workbench.experiments.sweeps.watch import ProgressLine
+    from gptoss_workbench.experiments.uncertainty import summarize
     from gptoss_workbench.experiments.usage import expert_usage
     from gptoss_workbench.harmony.conversation import chat
     from gptoss_workbench.hooks.attention import cut_attention, pin_attention, scale_sink

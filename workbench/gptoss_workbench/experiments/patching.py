@@ -1,100 +1,190 @@
-"""Activation patching: put the clean run's values into the corrupt run, one place at a time, and see what comes back.
+"""Activation patching: put one run's values into another, one place at a time, and see what comes back or is lost.
 
-Method: Meng et al. 2022 (arXiv 2202.05262) and Zhang & Nanda 2024 (arXiv 2309.16042), denoising direction.
+Methods: Vig et al. 2020 (arXiv 2004.12265), Meng et al. 2022 (arXiv 2202.05262), Zhang & Nanda 2024 (arXiv 2309.16042),
+Heimersheim & Nanda 2024 (arXiv 2404.15255).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import xarray as xr
 
 from gptoss_workbench.errors import ExperimentError
-from gptoss_workbench.experiments.metrics import Metric
-from gptoss_workbench.hooks.edits import patch
-from gptoss_workbench.hooks.sites import site as site_named
-from gptoss_workbench.model.model import Model, Prompt
+from gptoss_workbench.experiments.metrics import Metric, names_of
+from gptoss_workbench.experiments.places import Grid, edits_of, grid
+from gptoss_workbench.experiments.sweeps.engine import MEMORY, Case, SweepPlan
+from gptoss_workbench.experiments.sweeps.watch import Watch, fill, identity, resumed
+from gptoss_workbench.hooks.selection import Indices
+from gptoss_workbench.model.model import Model, Prompt, _as_batch
 from gptoss_workbench.model.provenance import with_method
+from gptoss_workbench.model.run import Run
 
-TOKENS_PER_BATCH = 4096  # bounds memory; larger batches were not faster on two cores
+Metrics = Metric | Sequence[Metric] | Callable[[int], Metric]
 
 
 @torch.no_grad()
 def patching(
-    model: Model, clean: Prompt, corrupt: Prompt, site: str = "resid_pre", *, metric: Metric, normalize: bool = True,
-    on_progress: Callable[[int, int], None] | None = None, should_stop: Callable[[], bool] | None = None,
+    model: Model, clean: Prompt | Sequence[Prompt], corrupt: Prompt | Sequence[Prompt], site: str = "resid_pre", *,
+    metric: Metrics, normalize: bool = True, by: Sequence[str] = ("layer", "token"),
+    direction: Literal["denoise", "noise"] = "denoise", layers: Indices = None, tokens: Indices = None,
+    heads: Indices = None, kv_heads: Indices = None, experts: Indices = None, neurons: Indices = None,
+    resume: xr.DataArray | None = None, on_plan: Callable[[SweepPlan], object] | None = None,
+    on_progress: Callable[[int, int], object] | None = None, should_stop: Callable[[], bool] | None = None,
+    memory: int = MEMORY,
 ) -> xr.DataArray:
-    """For each layer and token, the metric of the corrupt prompt when that one place holds the clean run's value.
+    """For each place, the metric of one prompt when that place alone holds the other prompt's value.
 
     Args:
-        clean, corrupt: two prompts of equally many tokens; the metric is read after the last one.
-        site: any site with a layer and a token dimension, e.g. ``resid_pre``, ``attn.out``, ``mlp.out``.
-        metric: e.g. ``wb.logit_diff(" Paris", " Rome")``.
-        normalize: give the fraction recovered, 0 = as corrupt, 1 = as clean; False gives raw metric values.
-        on_progress: called with (passes done, passes in all).
-        should_stop: asked before each batch; True ends early and leaves NaN where nothing was computed.
+        clean, corrupt: two prompts of equally many tokens, or two lists of prompts (pairs). The metric is read after
+            the last token.
+        site: where. Any site with tokens: ``resid_pre``, ``attn.out``, ``mlp.out`` for sublayers, ``attn.z`` for
+            heads, ``router.logits`` for routing. ``expert.out`` patches what an expert adds to the stream, weight
+            included, 0 where it does not serve; ``expert.act`` the same of single neurons.
+        metric: e.g. ``wb.logit_diff(" Paris", " Rome")``, ``wb.probability``, ``wb.rank``, ``wb.kl_divergence``, one of
+            your own (``wb.Metric``); several; or a function of the pair's number that gives one.
+        normalize: give the fraction recovered (denoising: 0 = as corrupt, 1 = as clean) or lost (noising: 0 = as
+            clean, 1 = as corrupt); False gives raw metric values.
+        by: the dimensions that tell places apart, of ``layer``, ``token``, ``head``, ``kv_head``, ``expert``,
+            ``neuron``; a dimension that is not named is patched as one, e.g. a head at all tokens with
+            ``by=("layer", "head")``.
+        direction: "denoise" puts clean values into the corrupt run (what suffices to bring the answer back), "noise"
+            corrupt values into the clean run (what is needed for it).
+        layers, tokens, heads, kv_heads, experts, neurons: which of them; None for all.
+        resume: an earlier result of the same question: only what is NaN in it is computed.
+        on_plan: called with the cost (``SweepPlan``) once the prompts were read, before any place is patched.
+        on_progress: called with (places done, places in all).
+        should_stop: asked between layers; True ends early and leaves NaN where nothing was computed.
+        memory: bytes to stay within beside the weights.
 
     Returns:
-        (layer, token) float32, the tokens labelled as in the clean prompt, ``corrupt_text`` beside them; attrs hold the
-        metric's name and its values for both prompts, and the provenance as JSON.
+        float32 with the dimensions of ``by``, ``pair`` before them for lists and ``metric`` before that for several.
+        Tokens of a pair carry the clean prompt's labels, ``corrupt_text`` beside them. attrs hold the metrics' names
+        and their values for clean and corrupt, and the provenance as JSON. ``wb.summarize`` takes the mean over pairs
+        with a confidence interval and a permutation test.
 
     Raises:
-        ExperimentError: the prompts differ in length, or normalising would divide by zero.
-        SiteError: the site does not exist or has no layer and token.
+        ExperimentError: the prompts differ in length, or normalising would divide by zero, or the site has no such
+            dimensions.
+        SiteError: the site or an index does not exist.
 
-    Pitfall: a high value says that the place carries what differs between the prompts, not that it computes it.
+    Tokens before the first that differs carry the same in both prompts, so nothing is run for them.
+
+    Pitfalls: a high value says that the place carries what differs between the prompts, not that it computes it. What
+    noising finds necessary and denoising finds sufficient are different sets where there are backups. Patched attention
+    keys or values of one kv head reach every query head that shares it. A patched expert answers for its share of
+    ``mlp.out``, not for the routing that sent the token there: that is ``router.logits``.
     """
-    spec = site_named(site)
-    if not spec.per_layer or spec.token_dim != "token":
-        raise ExperimentError(f"{site!r} can't be patched layer by token.",
-                              expected="a site with layers and tokens, such as resid_pre", got=", ".join(spec.dims))
-    runs = [model.run(prompt, capture=site) for prompt in (clean, corrupt)]
-    tokens = len(runs[0])
-    if len(runs[1]) != tokens:
-        raise ExperimentError(
-            "The two prompts have different lengths, so their tokens don't face each other.",
-            expected=f"{tokens} tokens in both", got=f"clean {tokens}: {runs[0].tokens}"[:150] +
-            f"; corrupt {len(runs[1])}: {runs[1].tokens}"[:150],
-            hint="Choose words of equally many tokens.",
-        )
-    clean_value, corrupt_value = (float(metric.of(model, _last_logits(model, run.hidden[-1:]))) for run in runs)
-    if normalize and clean_value == corrupt_value:
+    pairs = _pairs(model, clean, corrupt)
+    alone = _as_batch(clean) is None
+    if direction not in ("denoise", "noise"):
+        raise ExperimentError("That is no direction.", expected='"denoise" or "noise"', got=repr(direction))
+    selected = {"layer": layers, "token": tokens, "head": heads, "kv_head": kv_heads, "expert": experts,
+                "neuron": neurons}
+    lengths = [len(pair[0]) for pair in pairs]
+    where = [grid(model, site, by, length, selected) for length in lengths]
+    if any(one.shape != where[0].shape for one in where):
+        raise ExperimentError("The pairs have different lengths, so their tokens don't face each other.",
+                              expected='equally long pairs, or tokens= of all, or by= without "token"', got=lengths)
+    runs = [[model.run(ids, capture=one.captures) for ids in pair] for pair, one in zip(pairs, where, strict=True)]
+    several = not isinstance(metric, Metric) and not callable(metric)
+    per_pair = [[one.given(runs[pair][0].logits[-1]) for one in _metrics(metric, pair)] for pair in range(len(pairs))]
+    ends = np.array([[[float(one.of(model, run.logits[-1:])) for run in runs[pair]] for pair, one in
+                      enumerate(column)] for column in zip(*per_pair, strict=True)])  # (metric, pair, clean or corrupt)
+    if normalize and (ends[..., 0] == ends[..., 1]).any():
+        at = np.argwhere(ends[..., 0] == ends[..., 1])[0]
         raise ExperimentError("The metric is the same for both prompts, so nothing can be recovered.",
-                              expected="prompts that differ in the metric", got=f"{clean_value:.4g} for both",
+                              expected="prompts that differ in the metric", got=f"{ends[tuple(at)][0]:.4g} for both",
                               hint="Check the two answers, or pass normalize=False.")
 
-    layers = model.config.num_hidden_layers
-    values = np.full((layers, tokens), np.nan, dtype=np.float32)
-    batch = max(1, TOKENS_PER_BATCH // tokens)
-    done = 0
-    for layer in range(layers):
-        for start in range(0, tokens, batch):
-            if should_stop is not None and should_stop():
-                break
-            places = range(start, min(start + batch, tokens))
-            edits = [patch(site, runs[0], layer=layer, tokens=token, prompt=row) for row, token in enumerate(places)]
-            patched = model.run([runs[1].ids] * len(places), edits=edits)
-            hidden = torch.stack([run.hidden[-1] for run in patched])
-            values[layer, places] = metric.of(model, _last_logits(model, hidden)).cpu().numpy()
-            done += len(places)
-            if on_progress is not None:
-                on_progress(done, layers * tokens)
-    if normalize:
-        values = (values - corrupt_value) / (clean_value - corrupt_value)
-    corrupt_text = np.empty(tokens, dtype=object)
-    corrupt_text[:] = runs[1].tokens
+    start, goal = (ends[..., 1], ends[..., 0]) if direction == "denoise" else (ends[..., 0], ends[..., 1])
+    spread = (slice(None), slice(None), *(None,) * len(where[0].shape))
+    base, scale = (start[spread], (goal - start)[spread]) if normalize else (0.0, 1.0)
+    full = (len(ends), len(pairs), *where[0].shape)
+    shape = (*full[:1][: int(several)], *full[1:2][: int(not alone)], *full[2:])
+    names = [one.name for one in per_pair[0]]
+    question = identity(model, "patching", pairs, where, names, direction, normalize)
+    values = resumed(resume, shape, question).reshape(full) * scale + base
+    _same_past(values, start, pairs, where)
+    into = [pair[1 if direction == "denoise" else 0] for pair in pairs]
+    cases = [Case(number, (edit,)) for number, (pair, one) in enumerate(zip(runs, where, strict=True)) for edit in
+             edits_of(model, one, *(pair if direction == "denoise" else pair[::-1]))]
+    flat = values.reshape(len(ends), -1).astype(np.float32)
+    fill(model, into, cases, per_pair, flat, Watch(on_plan, on_progress, should_stop, memory))
+    found = ((flat.reshape(full) - base) / scale).astype(np.float32).reshape(shape)
+    dims = (*("metric",) * several, *("pair",) * (not alone), *where[0].by)
+    one_value = alone and not several
+    arguments: dict[str, Any] = {"clean": pairs[0][0] if alone else [pair[0] for pair in pairs], "site": site,
+                                 "metric": names[0] if not several else names, "normalize": normalize}
+    more = {"by": list(by), "direction": direction, **{dim: list(one) for dim, one in where[0].chosen.items()
+                                                       if selected.get(dim) is not None}}
+    if tuple(by) != ("layer", "token") or direction != "denoise" or len(more) > 2 or not alone:
+        arguments |= more
     return xr.DataArray(
-        values, dims=("layer", "token"), name="recovered" if normalize else metric.name,
-        coords={"layer": range(layers), "band": ("layer", list(model.config.bands)),
-                **runs[0].token_coords("token"), "corrupt_text": ("token", corrupt_text)},
-        attrs={"site": site, "metric": metric.name, "clean": clean_value, "corrupt": corrupt_value,
-               "model": model.name,
-               "provenance": with_method(runs[1].provenance, "patching", clean=runs[0].ids, site=site,
-                                         metric=metric.name, normalize=normalize)},
+        found, dims=dims, name=("recovered" if direction == "denoise" else "lost") if normalize else names[0],
+        coords=_coords(model, where[0], runs, dims, per_pair[0]),
+        attrs={"site": site, "metric": names[0] if not several else names, "direction": direction,
+               "clean": float(ends[0, 0, 0]) if one_value else ends[..., 0].tolist(),
+               "corrupt": float(ends[0, 0, 1]) if one_value else ends[..., 1].tolist(),
+               "model": model.name, "question": question,
+               "provenance": with_method(runs[0][1].provenance, "patching", **arguments)},
     )
 
 
-def _last_logits(model: Model, hidden: torch.Tensor) -> torch.Tensor:
-    return model.transformer.unembed(hidden)
+def _pairs(model: Model, clean: Any, corrupt: Any) -> list[tuple[list[int], list[int]]]:
+    """The ids of each pair, checked to be equally long."""
+    lists = [_as_batch(one) for one in (clean, corrupt)]
+    if (lists[0] is None) != (lists[1] is None) or len(lists[0] or ()) != len(lists[1] or ()):
+        raise ExperimentError("Clean and corrupt prompts don't pair up.",
+                              expected="two prompts, or two equally long lists", got=" and ".join(
+                                  "one prompt" if one is None else f"{len(one)} prompts" for one in lists))
+    ids = [[model.encode(one) for one in (some if many is None else many)]
+           for some, many in zip(([clean], [corrupt]), lists, strict=True)]
+    for one, other in zip(*ids, strict=True):
+        if len(one) != len(other):
+            texts = [[model.vocabulary.token_text(id) for id in some] for some in (one, other)]
+            raise ExperimentError(
+                "The two prompts have different lengths, so their tokens don't face each other.",
+                expected=f"{len(one)} tokens in both", got=f"clean {len(one)}: {texts[0]}"[:150] +
+                f"; corrupt {len(other)}: {texts[1]}"[:150], hint="Choose words of equally many tokens.",
+            )
+    return list(zip(*ids, strict=True))
+
+
+def _metrics(metric: Metrics, pair: int) -> list[Metric]:
+    if isinstance(metric, Metric):
+        return [metric]
+    return [metric(pair)] if callable(metric) else list(metric)
+
+
+def _same_past(values: np.ndarray, start: np.ndarray, pairs: Sequence[tuple[list[int], list[int]]],
+               where: Sequence[Grid]) -> None:
+    """Where all tokens of a place come before the first that differs, both runs hold the same: nothing can change."""
+    for number, ((one, other), places) in enumerate(zip(pairs, where, strict=True)):
+        first = next((at for at, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
+        early = [max(place.get("token", (len(one),))) < first for place in places.places()]
+        own = np.array(early, dtype=bool).reshape(places.shape)
+        values[:, number, own] = start[:, number, None]
+
+
+def _coords(
+    model: Model, where: Grid, runs: Sequence[Sequence[Run]], dims: Sequence[str], metrics: Sequence[Metric],
+) -> dict[Any, Any]:
+    """Labels of every dimension; tokens are labelled when they are those of one pair."""
+    coords: dict[Any, Any] = {dim: list(where.chosen[dim]) for dim in where.by}
+    if "layer" in coords:
+        coords["band"] = ("layer", [model.config.bands[layer] for layer in where.chosen["layer"]])
+    if "token" in coords and len(runs) == 1:
+        at = list(where.chosen["token"])
+        labels = xr.Dataset(coords=runs[0][0].token_coords("token")).isel(token=at)  # type: ignore[arg-type]
+        corrupt_text = np.empty(len(at), dtype=object)
+        corrupt_text[:] = [runs[0][1].tokens[token] for token in at]
+        coords |= {**labels.coords, "corrupt_text": ("token", corrupt_text)}
+    if "pair" in dims:
+        coords["pair"] = range(len(runs))
+    if "metric" in dims:
+        coords["metric"] = names_of(metrics)
+    return coords

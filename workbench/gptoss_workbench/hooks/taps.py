@@ -75,6 +75,11 @@ class Taps:
         """Whether anything looks at one of these sites in this layer."""
         return any((site, layer) in self._work for site in sites)
 
+    @property
+    def places(self) -> list[Place]:
+        """The sites and layers at which there is something to do."""
+        return list(self._work)
+
     def begin(self, rows: Sequence[int], positions: Tensor, ids: Tensor | None = None) -> None:
         """Announce a chunk.
 
@@ -171,14 +176,18 @@ class Taps:
         """How the captures of a prompt are labelled."""
         return self._keeper.layout(row)
 
-    def finish(self) -> None:
+    def finish(self, since: int = 0) -> None:
         """Say if something was asked for that never came by.
+
+        Args:
+            since: edits before this one have acted elsewhere and need not have done so here.
 
         Raises:
             EditNeverFired: edits that changed nothing because their place never came by.
             SiteError: a capture whose tokens never came by.
         """
-        idle = [edit for edit, count in zip(self._edits, self._editor.fired, strict=True) if not count]
+        idle = [edit for edit, count in zip(self._edits[since:], self._editor.fired[since:], strict=True)
+                if not count]
         if idle:
             raise EditNeverFired(
                 "An edit never fired: the place it names did not come by.",

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gptoss_workbench.model.cache import KVCache
 from gptoss_workbench.model.config import ModelConfig
-from gptoss_workbench.model.weights import LayerWeights, Weights
+from gptoss_workbench.model.weights import Weights
 
 Tap = Callable[..., Tensor]
 """(site, layer, x, start=0) -> x; see ``gptoss_workbench.hooks.taps.Taps``."""
@@ -107,11 +107,11 @@ class Transformer:
         scales = [w.attn_norm for w in weights.layers] + [weights.final_norm]
         norm = kernels.rms_norm(x, scales[0], eps)
         for layer, w in enumerate(weights.layers):
-            delta = self._attention(norm, layer, w, cos, sin, sight, cache, tap)
+            delta = self._attention(norm, layer, cos, sin, sight, cache, tap)
             total, norm = kernels.add_norm(x, delta, w.mlp_norm, eps)
             x = tap("resid_mid", layer, total)
             norm = norm if x is total else kernels.rms_norm(x, w.mlp_norm, eps)
-            delta = self._experts(norm, layer, w, tap)
+            delta = self.experts(norm, layer, tap)
             total, norm = kernels.add_norm(x, delta, scales[layer + 1], eps)
             x = tap("resid_post", layer, total)
             x = x if w is weights.layers[-1] else tap("resid_pre", layer + 1, x)
@@ -119,22 +119,46 @@ class Transformer:
         return tap("final_norm", None, norm)
 
     def _attention(
-        self, x: Tensor, layer: int, w: LayerWeights, cos: Tensor, sin: Tensor, sight: Sight, cache: KVCache, tap: Tap,
+        self, x: Tensor, layer: int, cos: Tensor, sin: Tensor, sight: Sight, cache: KVCache, tap: Tap,
     ) -> Tensor:
-        x = tap("attn.norm", layer, x)
-        q, k, v = self.kernels.project_qkv(x, (w.q_weight, w.q_bias), (w.k_weight, w.k_bias), (w.v_weight, w.v_bias),
-                                           cos, sin)
-        q, k, v = tap("attn.q", layer, q), tap("attn.k", layer, k), tap("attn.v", layer, v)
-        k, v = cache.append(layer, k, v)
-        parts = [self._mix(q, k, v, w.sinks, layer, sight, block, tap) for block in sight.blocks]
-        z = tap("attn.z", layer, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
-        return tap("attn.out", layer, self.kernels.linear(z.flatten(2), w.o_weight, w.o_bias))
+        q, k, v = self.project(x, layer, cos, sin, tap)
+        return self.write(self.look(q, *cache.append(layer, k, v), layer, sight, tap), layer, tap)
 
-    def _mix(
-        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, layer: int, sight: Sight, block: slice, tap: Tap,
-    ) -> Tensor:
+    # The parts of a layer. A sweep (``experiments.sweeps``) calls them for some tokens of many prompts at once.
+
+    def norm(self, x: Tensor, scale: Tensor) -> Tensor:
+        """x (..., d_model) normalised, with a norm's scale (d_model,): what a sublayer reads of the residual stream."""
+        return self.kernels.rms_norm(x, scale, self.config.rms_norm_eps)
+
+    def project(
+        self, x: Tensor, layer: int, cos: Tensor, sin: Tensor, tap: Tap, queries: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (prompt, token, d_model) -> queries (prompt, token, head, d_head), keys and values (..., kv_head, d_head).
+
+        Args:
+            x: normalised.
+            cos, sin: (prompt, token, d_head / 2).
+            queries: the columns that will look; None for all.
+        """
+        kernels, w = self.kernels, self.weights.layers[layer]
+        x = tap("attn.norm", layer, x)
+        maps = (w.q_weight, w.q_bias), (w.k_weight, w.k_bias), (w.v_weight, w.v_bias)
+        if queries is None:
+            q, k, v = kernels.project_qkv(x, *maps, cos, sin)
+        else:
+            q, k, v = (kernels.linear(y, *two).unflatten(-1, (-1, self.config.head_dim))
+                       for y, two in zip((x[:, queries], x, x), maps, strict=True))
+            q, k = kernels.apply_rope(q, cos[:, queries], sin[:, queries]), kernels.apply_rope(k, cos, sin)
+        return tap("attn.q", layer, q), tap("attn.k", layer, k), tap("attn.v", layer, v)
+
+    def look(self, q: Tensor, k: Tensor, v: Tensor, layer: int, sight: Sight, tap: Tap) -> Tensor:
+        """Queries (prompt, query, head, d_head) look at keys (prompt, key, kv_head, d_head) -> z, shaped as q."""
+        parts = [self._mix(q, k, v, layer, sight, block, tap) for block in sight.blocks]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, layer: int, sight: Sight, block: slice, tap: Tap) -> Tensor:
         """z of a block of queries. What a tap gave back unchanged is not computed again."""
-        kernels = self.kernels
+        kernels, sinks = self.kernels, self.weights.layers[layer].sinks
         what = q[:, block], k, v, sinks, sight.query[:, block], sight.key, sight.window(layer)
         if not watched(tap, layer, "attn.scores", "attn.pattern"):
             return kernels.attention(*what)
@@ -146,8 +170,15 @@ class Transformer:
         mixed = tap("attn.pattern", layer, pattern, *start)
         return z if seen is scores and mixed is pattern else kernels.attention_values(mixed, v)
 
-    def _experts(self, x: Tensor, layer: int, w: LayerWeights, tap: Tap) -> Tensor:
-        kernels, config = self.kernels, self.config
+    def write(self, z: Tensor, layer: int, tap: Tap) -> Tensor:
+        """z (prompt, token, head, d_head) -> what the attention adds to the stream (prompt, token, d_model)."""
+        w = self.weights.layers[layer]
+        z = tap("attn.z", layer, z)
+        return tap("attn.out", layer, self.kernels.linear(z.flatten(2), w.o_weight, w.o_bias))
+
+    def experts(self, x: Tensor, layer: int, tap: Tap) -> Tensor:
+        """x (prompt, token, d_model), normalised -> what the experts add to the residual stream, in the same shape."""
+        kernels, config, w = self.kernels, self.config, self.weights.layers[layer]
         prompts, tokens = x.shape[:2]
 
         def flat(y: Tensor) -> Tensor:

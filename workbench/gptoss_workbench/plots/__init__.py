@@ -1,8 +1,10 @@
-"""Labelled arrays to plotly figures: heatmaps of layers against tokens or experts, lines, the lens table."""
+"""Labelled arrays to plotly figures: heatmaps of layers against tokens or experts, places, lines, the lens table."""
 
 from __future__ import annotations
 
 from gptoss_workbench.plots.figures import layer_expert_heatmap, layer_token_heatmap, lens_table, token_lines
 from gptoss_workbench.plots.labels import plain, visible
+from gptoss_workbench.plots.places import place_heatmap
 
-__all__ = ["layer_expert_heatmap", "layer_token_heatmap", "lens_table", "plain", "token_lines", "visible"]
+__all__ = ["layer_expert_heatmap", "layer_token_heatmap", "lens_table", "place_heatmap", "plain", "token_lines",
+           "visible"]
