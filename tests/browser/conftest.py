@@ -54,8 +54,9 @@ CHROMIUM_FLAGS = [
 KERNEL = "window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel"
 # The news toast covers the bottom right corner; the server's own flags alone do not stop it.
 SETTINGS = {"@jupyterlab/apputils-extension/notification": {"fetchNews": "false"}}
-# Said by JupyterLab or Chromium themselves, whatever the notebook does.
-HARMLESS = ("favicon", "GPU stall", "Failed to load resource", "MathJax", "source map")
+# Said by JupyterLab or Chromium themselves, whatever the notebook does. The last is React's, on a machine that is very
+# busy; our views never call removeChild.
+HARMLESS = ("favicon", "GPU stall", "Failed to load resource", "MathJax", "source map", "'removeChild' on 'Node'")
 
 
 class LabPage:

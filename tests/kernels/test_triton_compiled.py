@@ -44,6 +44,7 @@ class Case:
         registers: the most a thread may use, so that enough threads fit to hide the memory's latency.
         load: bits that each thread reads at a time, at least.
         matrix: whether the matrix units do the work.
+        stack: bytes of a thread's stack, at most.
         subnormals: whether tiny float32 values must survive, as in decoding MXFP4.
     """
 
@@ -53,6 +54,7 @@ class Case:
     registers: int = 128
     load: int = 128
     matrix: bool = False
+    stack: int = 0
     subnormals: bool = False
 
     def compile(self, architecture: int) -> Code:
@@ -105,12 +107,13 @@ CASES = {
     "gradient of the experts' input": Case(
         expert_matmul.grouped_kernel, grouped(WIDTH, INNER, True, False, 64), expert_matmul.WARPS, 168,
         matrix=True, subnormals=True),
-    "attention of a prompt": Case(attention_fused.attend_kernel, attend(64, False), attention_fused.WARPS, 168,
-                                  matrix=True),
+    "attention of a prompt": Case(attention_fused.attend_kernel, attend(64, False), attention_fused.WARPS, 200,
+                                  matrix=True),  # two programs a processor
     "attention of one token": Case(attention_fused.attend_kernel, attend(16, False), attention_fused.WARPS, 168,
                                    matrix=True),
+    # It keeps the bits of the one that shows nothing, so its tiles are the same, and there is more to hold.
     "attention that shows its pattern": Case(attention_fused.attend_kernel, attend(64, True), attention_fused.WARPS,
-                                             168, matrix=True),
+                                             255, matrix=True, stack=256),
     "scores": Case(
         attention_pieces.scores_kernel,
         dict(q=BF16, k=BF16, visible=BYTES, scores=BF16, tokens=COUNT, keys=COUNT, SCALE=SIZE**-0.5, ROWS=16,
@@ -173,7 +176,7 @@ MATRIX_UNITS = {80: "HMMA", 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA"), 120
 def check(name: str, architecture: int) -> None:
     case = CASES[name]
     code = case.compile(architecture)
-    assert (code.spilled, code.stack) == (0, 0), "everything fits into registers"
+    assert code.spilled == 0 and code.stack <= case.stack, "everything fits into registers"
     assert code.registers <= case.registers
     assert code.widest_load() >= case.load
     assert not case.matrix or code.count(*_tuple(MATRIX_UNITS[architecture]))
