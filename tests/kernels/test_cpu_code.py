@@ -12,7 +12,7 @@ pytest.importorskip("numba")
 
 from llvmlite import binding, ir
 
-from gptoss_kernels.cpu.compiled import dense, digits, floats, pairs, unpack
+from gptoss_kernels.cpu.compiled import dense, digits, floats, pairs, tiles, unpack
 from gptoss_kernels.cpu.compiled.emit import F32, I64, Emit
 
 AVX512 = ("sapphirerapids", "znver4")
@@ -75,6 +75,15 @@ def test_avx2(processor: str) -> None:
     assert sum(one.startswith("vpshufb") for one in loop) == 2
     assert not any("(%rsp)" in one for one in loop)
     assert len(loop) <= 40
+
+
+@pytest.mark.parametrize("processor", ["haswell", "znver3"])
+def test_a_tile_stays_in_registers(processor: str) -> None:
+    """Six rows and sixteen tokens: twelve sums, one multiplication each, and nothing is spilled."""
+    loop = inner_loop(assembly(lambda e, *args: tiles.product(e, *args, tiles.ROWS), 5, processor), "vfmadd")
+    products = sum(one.startswith("vfmadd") for one in loop)
+    assert products % 12 == 0 and not any("(%rsp)" in one for one in loop)
+    assert sum(one.startswith("vbroadcastss") for one in loop) == products // 2
 
 
 @pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", *ANY])
