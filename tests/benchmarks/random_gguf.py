@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import gguf
+import gguf  # type: ignore[import-not-found]  # of llama.cpp, where its benchmark runs
 import numpy as np
 
 WIDTH, INNER, EXPERTS, CHOSEN, HEADS, KV_HEADS, HEAD, VOCAB = 2880, 2880, 32, 4, 64, 8, 64, 201088

@@ -69,7 +69,8 @@ def test_paths_equal_runs_that_freeze_everything_between(tiny) -> None:
         elif name in ("attn", "mlp"):
             send = wb.patch(f"{name}.out", clean, layer=where[0])
         elif name == "head":
-            w = tiny.weights.layers[where[0]].o_weight[:, 16 * where[1]:16 * where[1] + 16]
+            start = 16 * int(where[1])
+            w = tiny.weights.layers[where[0]].o_weight[:, start:start + 16]
             change = (clean.tensor("attn.z", where[0]) - corrupt.tensor("attn.z", where[0]))[:, where[1]] @ w.T
             send = wb.add("attn.out", change, layer=where[0])
         else:

@@ -121,7 +121,9 @@ def test_columns_that_are_not_filled_change_nothing(
     """A cache with room for many more tokens gives what one that is full gives; Triton's kernels to the bit."""
     roomy = Chunk(Case(1, 40, window, pads=(3,), spare=1000), device, torch.float32)
     full = roomy.arguments()
-    exact = _z(kernels, full[0], *(x[:, :40].contiguous() for x in full[1:3]), *full[3:5], full[5][:, :40], window)
+    q, k, v, sinks, positions, key_positions, _ = full
+    exact = _z(kernels, q, k[:, :40].contiguous(), v[:, :40].contiguous(), sinks, positions, key_positions[:, :40],
+               window)
     got = _z(kernels, *full)
     agree(got, exact)
     if kernels.name == "triton":
