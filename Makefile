@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
 PIP_INSTALL := $(PY) -m pip install -qq --progress-bar off -c constraints.txt
 
-.PHONY: help lab test test-long parity fuzz bench bench-20b gpu lint notebooks wheel
+.PHONY: help lab test test-long parity fuzz truth bench bench-20b gpu lint notebooks wheel
 
 help:
 	@echo "make lab        open JupyterLab on $(NOTEBOOK)   (LAB_ARGS=... is passed on)"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-long  sessions of edits, interrupts and failures, 500 of 30 steps (hours)"
 	@echo "make parity     compare every site and layer with transformers, and write the table"
 	@echo "make fuzz       load 10,000 damaged checkpoints, and count what becomes of them"
+	@echo "make truth      ask every method about models whose circuits are known, and about models with none"
 	@echo "make bench      the benchmarks; make bench-20b: a checkpoint of gpt-oss-20b's shape (writes 13.8 GB for a while)"
 	@echo "make gpu        tests, timings and memory on the NVIDIA GPU here, at the full shapes   (GPU_ARGS=... is passed on)"
 	@echo "make lint       ruff and pyright"
@@ -74,6 +75,10 @@ parity: $(VENV)/.dev
 
 fuzz: $(VENV)/.dev
 	@$(PY) -m tests.fuzz.run
+
+truth: export OMP_WAIT_POLICY = PASSIVE
+truth: $(VENV)/.dev
+	@$(PY) -m tests.truth.report
 
 bench: export OMP_WAIT_POLICY = PASSIVE
 bench: $(VENV)/.dev

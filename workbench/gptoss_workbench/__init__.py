@@ -37,12 +37,12 @@ _WHERE = {
     "decompose_residual": "experiments.decompose", "COMPONENT_SITES": "experiments.parts",
     "direct_logit_attribution": "experiments.direct_attribution", "gradients": "experiments.gradients",
 }
-_ROOMS = ("errors", "harmony", "hooks", "model", "experiments", "plots", "store", "nano")
+_ROOMS = ("errors", "harmony", "hooks", "model", "experiments", "plots", "store", "nano", "planted")
 
 __all__ = [*_WHERE, *_ROOMS, "explore"]
 
 if TYPE_CHECKING:
-    from gptoss_workbench import errors, experiments, harmony, hooks, model, nano, plots, store
+    from gptoss_workbench import errors, experiments, harmony, hooks, model, nano, planted, plots, store
     from gptoss_workbench.checkup import doctor
     from gptoss_workbench.experiments.causal_tracing import causal_tracing
     from gptoss_workbench.experiments.decompose import decompose_residual, expert_contributions, head_contributions
