@@ -36,6 +36,8 @@ _WHERE = {
     "head_contributions": "experiments.decompose", "expert_contributions": "experiments.decompose",
     "decompose_residual": "experiments.decompose", "COMPONENT_SITES": "experiments.parts",
     "direct_logit_attribution": "experiments.direct_attribution", "gradients": "experiments.gradients",
+    "contrast": "experiments.directions", "refusal_direction": "experiments.directions",
+    "effort_direction": "experiments.directions", "dose_response": "experiments.dose",
 }
 _ROOMS = ("errors", "harmony", "hooks", "model", "experiments", "plots", "store", "nano", "planted")
 
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from gptoss_workbench.experiments.causal_tracing import causal_tracing
     from gptoss_workbench.experiments.decompose import decompose_residual, expert_contributions, head_contributions
     from gptoss_workbench.experiments.direct_attribution import direct_logit_attribution
+    from gptoss_workbench.experiments.directions import contrast, effort_direction, refusal_direction
+    from gptoss_workbench.experiments.dose import dose_response
     from gptoss_workbench.experiments.gradients import gradients
     from gptoss_workbench.experiments.lens import logit_lens, next_tokens
     from gptoss_workbench.experiments.metrics import Metric, kl_divergence, logit_diff, probability, rank
