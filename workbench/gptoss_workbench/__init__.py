@@ -38,6 +38,7 @@ _WHERE = {
     "direct_logit_attribution": "experiments.direct_attribution", "gradients": "experiments.gradients",
     "contrast": "experiments.directions", "refusal_direction": "experiments.directions",
     "effort_direction": "experiments.directions", "dose_response": "experiments.dose",
+    "probe": "experiments.probes",
 }
 _ROOMS = ("errors", "harmony", "hooks", "model", "experiments", "plots", "store", "nano", "planted")
 
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from gptoss_workbench.experiments.parts import COMPONENT_SITES
     from gptoss_workbench.experiments.patching import patching
     from gptoss_workbench.experiments.path_patching import path_patching
+    from gptoss_workbench.experiments.probes import probe
     from gptoss_workbench.experiments.quantities import TOKEN_QUANTITIES, token_quantity
     from gptoss_workbench.experiments.sweep import sweep
     from gptoss_workbench.experiments.sweeps.watch import ProgressLine

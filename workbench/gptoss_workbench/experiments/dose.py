@@ -45,7 +45,9 @@ def dose_response(
     on_plan: Callable[[Cost], object] | None = None, on_progress: Callable[[int, int], object] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> xr.Dataset:
-    """How an effect and its side effects grow with the strength of an edit (after Turner et al. 2023, arXiv 2308.10248).
+    """How an effect and its side effects grow with the strength of an edit.
+
+    After Turner et al. 2023 (arXiv 2308.10248) and Rimsky et al. 2024 (arXiv 2312.06681), who steer in doses.
 
     Args:
         what: one layer of a direction, e.g. ``wb.contrast(...).sel(layer=3)``, added at its site by ``wb.steer``; or a
