@@ -38,7 +38,7 @@ _WHERE = {
     "direct_logit_attribution": "experiments.direct_attribution", "gradients": "experiments.gradients",
     "contrast": "experiments.directions", "refusal_direction": "experiments.directions",
     "effort_direction": "experiments.directions", "dose_response": "experiments.dose",
-    "probe": "experiments.probes",
+    "probe": "experiments.probes", "SAE": "experiments.sae", "load_sae": "experiments.sae_files",
 }
 _ROOMS = ("errors", "harmony", "hooks", "model", "experiments", "plots", "store", "nano", "planted")
 
@@ -63,6 +63,8 @@ if TYPE_CHECKING:
     from gptoss_workbench.experiments.sweep import sweep
     from gptoss_workbench.experiments.sweeps.watch import ProgressLine
     from gptoss_workbench.experiments.uncertainty import summarize
+    from gptoss_workbench.experiments.sae import SAE
+    from gptoss_workbench.experiments.sae_files import load_sae
     from gptoss_workbench.experiments.usage import expert_usage
     from gptoss_workbench.harmony.conversation import chat
     from gptoss_workbench.hooks.attention import cut_attention, pin_attention, scale_sink
