@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from gptoss_workbench.plots.curves import dose_curves, probe_curves
 from gptoss_workbench.plots.figures import layer_expert_heatmap, layer_token_heatmap, lens_table, token_lines
 from gptoss_workbench.plots.labels import plain, visible
 from gptoss_workbench.plots.places import place_heatmap
 
 __all__ = ["layer_expert_heatmap", "layer_token_heatmap", "lens_table", "place_heatmap", "plain", "token_lines",
            "visible"]
+__all__ = [
+    "dose_curves", "layer_expert_heatmap", "layer_token_heatmap", "lens_table", "plain", "probe_curves", "token_lines",
+    "visible",
+]
