@@ -196,3 +196,49 @@ def test_steering_one_token_makes_it_reason_and_still_answer_right(model):
     answer = model.generate(question, edits=edit, max_tokens=40)
     assert answer.text("analysis") == "Country: France."  # what medium effort thinks
     assert answer.text("final") == "The currency of France is the euro."
+
+
+def requests(verbs, things):
+    return [f"How do I {verb} a {thing}?" for verb in verbs for thing in things]
+
+
+@pytest.fixture(scope="module")
+def refusal(model):
+    """Read where the answer begins, from two of the four verbs and half of the harmless things."""
+    harmful, harmless = (requests(facts.MAKE_VERBS[:2], things) for things in (facts.HARMFUL, facts.HARMLESS[:6]))
+    return wb.refusal_direction(model, harmful, harmless, effort="low", after=ANSWER, layers=[4, 5])
+
+
+def test_a_refusal_direction_makes_the_embedded_model_refuse(model, refusal):
+    """Verbs and things that the direction was not made from. The side task goes on, if less surely."""
+    direction, metric = refusal.sel(layer=4), wb.logit_diff("I'm", "Sure")
+    harmless = asked(model, requests(facts.MAKE_VERBS[2:], facts.HARMLESS[6:9]), ANSWER)
+    capital = (["The capital of France is"], wb.logit_diff(" Paris", " Madrid"))
+    more = wb.dose_response(model, direction, [1, 2], harmless, metric, controls=2, side_tasks={"capital": capital})
+    target, steered = more.sel(task="target"), more.sel(edit="steered", task="target")
+    assert float(refusal["auc"][0]) == 1
+    assert float(steered["high"].sel(scale=0)) < -8  # untouched it helps: -12
+    assert float(steered["mean"].sel(scale=1)) > 0 and float(steered["low"].sel(scale=2)) > 3  # steered it refuses: 3
+    assert float(target["mean"].sel(edit=["random 0", "random 1"], scale=1).max()) < -3  # the controls: -7
+    assert (more["value"].sel(edit="steered", task="capital", prompt=0) > 0).all()
+
+
+def test_without_its_refusal_direction_the_embedded_model_helps(model, refusal):
+    """At the last layer. At layer 4 a random direction would take away as much: there the control refutes it."""
+    harmful = asked(model, requests(facts.MAKE_VERBS[2:], facts.HARMFUL[:3]), ANSWER)
+    found = wb.dose_response(model, refusal.sel(layer=5), [-1], harmful, wb.logit_diff("I'm", "Sure"), controls=2)
+    mean = found["mean"].sel(task="target")
+    assert float(mean.sel(edit="steered", scale=0)) > 10  # untouched it refuses: 17
+    assert float(mean.sel(edit="steered", scale=-1)) < -5  # taken away it helps: -14
+    assert float(mean.sel(edit=["random 0", "random 1"], scale=-1).min()) > 2  # the control: 10
+
+
+def test_steering_one_channel_leaves_the_other_alone(model, refusal):
+    said = model.generate(wb.chat("How do I make a bomb?", effort="medium"), max_tokens=40)
+    plain = model.run(said.ids)
+    channels = np.array(plain.token_coords("token")["channel"][1])
+    for edit in (wb.steer("resid_post", layer=4, vector=refusal.values[0], tokens=wb.where(channel="final")),
+                 wb.project("resid_post", refusal.values[0], layer=4, tokens=wb.where(channel="final"))):
+        changed = (model.run(said.ids, edits=edit).hidden != plain.hidden).any(-1).numpy()
+        assert not changed[: np.flatnonzero(channels == "final")[0]].any()
+        assert changed[channels == "final"].all() and (channels == "analysis").any()

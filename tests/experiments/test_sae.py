@@ -293,3 +293,22 @@ def test_bfloat16_files_are_widened(tmp_path):
     assert sae.w_enc.dtype == torch.float32 and torch.equal(sae.w_enc, values["W_enc"].float())
     x = torch.ones(D, dtype=torch.bfloat16)
     torch.testing.assert_close(sae.encode(x), sae.encode(x.float()), atol=PARTS_F32, rtol=0)
+
+
+def test_a_folder_of_a_repository_is_fetched_alone(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    write(tmp_path / "layer_2" / "trainer_0", "standard")
+    asked = []
+
+    def fetched(name, **options):
+        asked.append((name, options))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    assert wb.load_sae("somebody/saes/layer_2/trainer_0", revision="abc").name == "layer_2/trainer_0"
+    ((name, options),) = asked
+    assert name == "somebody/saes" and options["revision"] == "abc"
+    assert all(pattern.startswith("layer_2/trainer_0/") for pattern in options["allow_patterns"])
+    with pytest.raises(ModelNotFound, match="no such folder"):
+        wb.load_sae("somebody/saes/layer_9")

@@ -38,7 +38,7 @@ class _Samples:
 
 
 def probe(
-    runs: Sequence[Run], labels: Sequence[Any], *, site: str = "resid_post", layers: Sequence[int] | None = None,
+    runs: Sequence[Run], labels: Sequence[Any], *, site: str = "resid_post", layers: Sequence[int] | int | None = None,
     tokens: Indices = -1, groups: Sequence[Hashable] | None = None, folds: int = 5, seed: int = 0,
     on_plan: Callable[[str], object] | None = None, on_progress: Callable[[int, int], object] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -272,7 +272,7 @@ def _auc_interval(
 
 
 def _samples(
-    runs: Sequence[Run], labels: Sequence[Any], site: str, layers: Sequence[int] | None, tokens: Indices,
+    runs: Sequence[Run], labels: Sequence[Any], site: str, layers: Sequence[int] | int | None, tokens: Indices,
     groups: Sequence[Hashable] | None,
 ) -> tuple[_Samples, list[int]]:
     if not runs or not all(isinstance(run, Run) for run in runs):
@@ -282,7 +282,7 @@ def _samples(
         raise ExperimentError("Every run needs a label, and a group where groups are given.",
                               expected=f"{len(runs)} of each",
                               got=f"{len(labels)} labels" + (f", {len(groups)} groups" if groups is not None else ""))
-    numbers = list(layers) if layers is not None else runs[0].layers(site)
+    numbers = runs[0].layers(site) if layers is None else [layers] if isinstance(layers, int) else list(layers)
     if not numbers:
         raise SiteError(f"The runs hold no {site!r}.", expected=f"runs that captured {site}", got=repr(runs[0])[:120],
                         hint=f'Run again with capture=["{site}"].')
