@@ -122,7 +122,8 @@ def test_doses_equal_single_runs(tiny):
     assert found["edit"].values.tolist() == ["steered", "random 0", "random 1"]
     assert found["scale"].values.tolist() == [-2, 0, 1]
     for scale in (-2.0, 0.0, 1.0):
-        edit = wb.steer("resid_post", layer=2, vector=direction.values, scale=scale, tokens=-1)
+        edit = wb.steer("resid_post", layer=2, vector=direction, scale=scale, tokens=-1)
+        assert edit == wb.steer("resid_post", layer=2, vector=direction.values, scale=scale, tokens=-1)
         runs = [tiny.run(row, edits=edit) for row in POSITIVE]
         want = [float(run.logits[-1, 7] - run.logits[-1, 300]) for run in runs]
         at = found.sel(edit="steered", task="target", scale=scale)

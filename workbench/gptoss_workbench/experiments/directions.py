@@ -52,8 +52,8 @@ def contrast(
     Returns:
         (layer, d_model) float32. Coordinates: ``auc`` (layer), how well the direction made of one half of the prompts
         ranks the other half (0.5 is chance, NaN below four prompts of a kind), and ``norm`` (layer). attrs: site,
-        method, how many prompts were read, provenance. ``wb.steer(site, layer=3, vector=v.sel(layer=3).values)`` adds
-        it, ``wb.project`` takes it away, both also for one channel: ``tokens=wb.where(channel="analysis")``.
+        method, how many prompts were read, provenance. ``wb.steer(site, layer=3, vector=v.sel(layer=3))`` adds it,
+        ``wb.project`` takes it away, both also for one channel: ``tokens=wb.where(channel="analysis")``.
 
     Raises:
         ExperimentError: too few prompts, or prompts without the chosen tokens.

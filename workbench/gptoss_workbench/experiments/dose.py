@@ -160,11 +160,11 @@ def _edits(
     if what.dims != ("d_model",) or "layer" not in what.coords or "site" not in what.attrs:
         raise ExperimentError("A direction is given in doses at one layer.", got=f"dimensions {what.dims}",
                               expected='(d_model) with its layer and site', hint="wb.contrast(...).sel(layer=3)")
-    vector = np.asarray(what.values, dtype=np.float32)
+    vector = np.array(what.values, dtype=np.float32)  # a copy: torch shares its memory
     site, layer, draw = what.attrs["site"], int(what["layer"]), np.random.default_rng(seed)
 
     def along(direction: np.ndarray) -> EditOfScale:
-        return lambda scale: steer(site, layer=layer, vector=direction, scale=scale, tokens=tokens)
+        return lambda scale: steer(site, layer=layer, vector=torch.from_numpy(direction), scale=scale, tokens=tokens)
 
     edits = {STEERED: along(vector)}
     for number in range(controls):

@@ -79,7 +79,8 @@ def value_of(value: Any, what: str = "value") -> float | int | Held:
     if isinstance(value, Held | int | float) and not isinstance(value, bool):
         return value
     try:
-        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+        labelled = hasattr(value, "__array__") and not isinstance(value, Tensor)  # a DataArray is an array too
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value) if labelled else value)
         if tensor.dtype == torch.bool or tensor.is_complex():
             raise TypeError
     except (TypeError, ValueError, RuntimeError):
