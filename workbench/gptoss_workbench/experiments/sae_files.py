@@ -173,7 +173,7 @@ def _read_saelens(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         k = None
     elif isinstance(k, bool) or not isinstance(k, int):
         raise _unknown(path, "how many features are active (k)", repr(k))
-    config = {
+    config: dict[str, Any] = {
         "architecture": architecture, "k": k, "normalize": normalize, "d_in": said.get("d_in"),
         "d_sae": said.get("d_sae"), "subtract": bool(said.get("apply_b_dec_to_input", True)),
         "hook": about.get("hook_name", about.get("hook_point")), "model": about.get("model_name"),
