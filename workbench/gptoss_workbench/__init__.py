@@ -60,11 +60,11 @@ if TYPE_CHECKING:
     from gptoss_workbench.experiments.path_patching import path_patching
     from gptoss_workbench.experiments.probes import probe
     from gptoss_workbench.experiments.quantities import TOKEN_QUANTITIES, token_quantity
+    from gptoss_workbench.experiments.sae import SAE
+    from gptoss_workbench.experiments.sae_files import load_sae
     from gptoss_workbench.experiments.sweep import sweep
     from gptoss_workbench.experiments.sweeps.watch import ProgressLine
     from gptoss_workbench.experiments.uncertainty import summarize
-    from gptoss_workbench.experiments.sae import SAE
-    from gptoss_workbench.experiments.sae_files import load_sae
     from gptoss_workbench.experiments.usage import expert_usage
     from gptoss_workbench.harmony.conversation import chat
     from gptoss_workbench.hooks.attention import cut_attention, pin_attention, scale_sink
