@@ -7,9 +7,7 @@ from gptoss_workbench.plots.figures import layer_expert_heatmap, layer_token_hea
 from gptoss_workbench.plots.labels import plain, visible
 from gptoss_workbench.plots.places import place_heatmap
 
-__all__ = ["layer_expert_heatmap", "layer_token_heatmap", "lens_table", "place_heatmap", "plain", "token_lines",
-           "visible"]
 __all__ = [
-    "dose_curves", "layer_expert_heatmap", "layer_token_heatmap", "lens_table", "plain", "probe_curves", "token_lines",
-    "visible",
+    "dose_curves", "layer_expert_heatmap", "layer_token_heatmap", "lens_table", "place_heatmap", "plain", "probe_curves",
+    "token_lines", "visible",
 ]
