@@ -75,6 +75,9 @@ GRADIENT_F32 = 1e-4
 FINITE_DIFFERENCE = 0.01
 """Relative: a central difference of a float32 metric, large enough a step to stand out of rounding."""
 
+COMPLETENESS = 0.005
+"""Relative L2 of integrated gradients' sums against what the whole does: the path has kinks, at clamps."""
+
 EXPERT_GRADIENT_F32 = 1e-5
 """Relative and absolute. Gradients through one expert map against dense autograd, float32: unit scale, other order."""
 

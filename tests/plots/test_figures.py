@@ -126,3 +126,18 @@ def test_what_the_model_gives_can_be_drawn(model):
     assert trace(plots.layer_expert_heatmap(wb.expert_usage(run))).z.shape == (layers, model.config.num_local_experts)
     assert len(trace(plots.token_lines(wb.token_quantity(model, run, "surprisal"))).y) == len(run.ids)
     assert trace(plots.lens_table(wb.logit_lens(model, run))).z.shape == (layers, 5)
+
+
+def test_agreement_has_each_place_once_and_a_line_of_equals() -> None:
+    places = xr.Dataset({"estimate": ("place", [3.0, -1.0, 0.5]), "exact": ("place", [4.0, 1.0, 0.0]),
+                         "top": ("place", [True, True, False])},
+                        {"layer": ("place", [2, 0, 1]), "text": ("place", texts(["<b>", " a", "b"]))},
+                        {"metric": "logit('<x>')"})
+    figure = plots.agreement_scatter(places)
+    assert list(trace(figure).x) == list(trace(figure).y) == [-1.0, 4.0]
+    assert (list(trace(figure, 1).x), list(trace(figure, 1).y)) == ([3.0, -1.0], [4.0, 1.0])
+    assert (list(trace(figure, 2).x), list(trace(figure, 2).y)) == ([0.5], [0.0])
+    assert trace(figure, 1).customdata[0].startswith("layer 2, text ") and "<b>" not in trace(figure, 1).customdata[0]
+    assert "<x>" not in figure.layout.xaxis.title.text
+    with pytest.raises(WorkbenchError, match="wb.checked"):
+        plots.agreement_scatter(places[["estimate"]])

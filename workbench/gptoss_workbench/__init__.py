@@ -39,6 +39,8 @@ _WHERE = {
     "contrast": "experiments.directions", "refusal_direction": "experiments.directions",
     "effort_direction": "experiments.directions", "dose_response": "experiments.dose",
     "probe": "experiments.probes", "SAE": "experiments.sae", "load_sae": "experiments.sae_files",
+    "attribution": "experiments.attribution", "AttributionPlan": "experiments.attributing",
+    "checked": "experiments.agreement",
 }
 _ROOMS = ("errors", "harmony", "hooks", "model", "experiments", "plots", "store", "nano", "planted")
 
@@ -48,6 +50,9 @@ if TYPE_CHECKING:
     from gptoss_workbench import errors, experiments, harmony, hooks, model, nano, planted, plots, store
     from gptoss_workbench.checkup import doctor
     from gptoss_workbench.experiments.causal_tracing import causal_tracing
+    from gptoss_workbench.experiments.agreement import checked
+    from gptoss_workbench.experiments.attributing import AttributionPlan
+    from gptoss_workbench.experiments.attribution import attribution
     from gptoss_workbench.experiments.decompose import decompose_residual, expert_contributions, head_contributions
     from gptoss_workbench.experiments.direct_attribution import direct_logit_attribution
     from gptoss_workbench.experiments.directions import contrast, effort_direction, refusal_direction

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gptoss_kernels import reference
 from gptoss_workbench.errors import ExperimentError, SiteError
+from gptoss_workbench.experiments import relevance
 from gptoss_workbench.experiments.metrics import Metric
 from gptoss_workbench.hooks.capture import Capture, as_capture
 from gptoss_workbench.hooks.edits import Edit, as_edits
@@ -44,6 +45,7 @@ class Gradients:
         metric: its name.
         value: the metric of this prompt.
         router: "live" or "frozen".
+        rules: "gradient" or "relp".
         run: the forward pass: values at the same sites, logits, labels.
         slopes: the gradients, in the form of a run.
         sinks: gradients (token, head) of the sinks' logits by layer, where asked for.
@@ -55,6 +57,7 @@ class Gradients:
     run: Run
     slopes: Run
     sinks: dict[int, Tensor]
+    rules: str = "gradient"
 
     def __repr__(self) -> str:
         return (f"<Gradients of {self.metric} = {self.value:.4g} for {len(self.run)} tokens, "
@@ -80,14 +83,16 @@ class Gradients:
             data = data.assign_coords(layer=list(self.sinks), band=("layer", bands))
             data = data.assign({SINK: (("layer", "token", "head"), values)})
         record = with_method(self.run.provenance, "gradients", metric=self.metric, router=self.router,
-                             kernels=reference.name)
-        return data.assign_attrs(metric=self.metric, value=self.value, router=self.router, provenance=record)
+                             rules=self.rules, kernels=reference.name)
+        return data.assign_attrs(metric=self.metric, value=self.value, router=self.router, rules=self.rules,
+                                 provenance=record)
 
 
 def gradients(
     model: Model, prompt: Prompt | Sequence[Prompt], metric: Metric,
     sites: Capture | str | Iterable[str] = "resid_pre", *, layers: Indices = None, tokens: Indices = None,
     router: Literal["live", "frozen"] = "live", edits: Sequence[Edit] | Edit = (),
+    rules: Literal["gradient", "relp"] = "gradient",
 ) -> Any:
     """How fast a metric changes with each value at the chosen sites: d metric / d value, by one backward pass.
 
@@ -103,13 +108,16 @@ def gradients(
             metric would change while the choice stays as it is.
         edits: as for ``model.run``. A gradient is with respect to the value after the edits of its site; it flows back
             through an edit as the edit computes, so a value that was replaced passes nothing on.
+        rules: "gradient" for the derivative. "relp" for the coefficients of relevance patching, which take norms,
+            activations and attention patterns as constants (see ``gptoss_workbench.experiments.relevance``); the
+            values are the same bits. With router="live" the routing weights keep their ordinary slope.
 
     Returns:
         Gradients, or a list of them for a list of prompts. Gradients are in the compute dtype.
 
     Raises:
         SiteError: a site that does not exist or can have no gradient: ``router.experts`` is a choice, and nothing
-            flows into ``router.logits`` when the router is frozen.
+            flows into ``router.logits`` when the router is frozen, nor into queries, keys, scores and sinks by RelP.
         ExperimentError: the metric can't be differentiated.
         EditNeverFired: an edit's place never came by.
 
@@ -122,15 +130,21 @@ def gradients(
     if not isinstance(metric, Metric):
         raise ExperimentError("metric= takes a metric.", expected='wb.logit_diff(" Paris", " Rome") or wb.Metric(...)',
                               got=type(metric).__name__)
+    if rules not in ("gradient", "relp"):
+        raise ExperimentError("There are two rules.", expected='"gradient" or "relp"', got=repr(rules))
     capture, sink = _what(sites, layers, tokens, router == "frozen")
     edits = as_edits(edits)
+    if rules == "relp":
+        _check_relp(capture, sink)
+    edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
     prompts = _as_batch(prompt)
     rows = [model.encode(one) for one in ([prompt] if prompts is None else prompts)]
     every = list(range(len(rows)))
     taps = model.new_taps(capture, edits, rows)
     recorder = _Recorder(taps, _places(model, capture), _layers(model, capture) if sink else [], router == "frozen")
     # Fast kernels need no backward pass, the reference has one; and the graph holds all scores, so blocks save nothing.
-    transformer = Transformer(model.config, model.weights, reference, scores_at_once=None)
+    kernels = relevance.KERNELS if rules == "relp" else reference
+    transformer = Transformer(model.config, model.weights, kernels, scores_at_once=None)
     with torch.inference_mode(False), torch.enable_grad():
         ids, positions = model.pad_left(rows)
         taps.begin(every, positions, ids)
@@ -162,7 +176,8 @@ def gradients(
         run = Run(model, row, hidden[i, own].detach(), kept, at, edits, shown, settings, taps.layout(i))
         of_sites = Run(model, row, run.hidden, join_chunks(sloped[i]), at, edits, shown, settings, filed.layout(i))
         of_sinks = {layer: slope[i, own][at] for layer, slope in sinks.items()}
-        results.append(Gradients(metric.name, float(values[i].detach()), router, run, of_sites, of_sinks))
+        results.append(Gradients(metric.name, float(values[i].detach()), router, run, of_sites, of_sinks,
+                                 rules))
     return results[0] if prompts is None else results
 
 
@@ -216,6 +231,13 @@ def _what(
     if tokens is not None:
         sites = replace(sites, tokens=freeze(tokens))
     return sites, sink
+
+
+def _check_relp(capture: Capture, sink: bool) -> None:
+    for site in [*capture.sites, *[SINK] * sink]:
+        if site in (*relevance.NO_SLOPE, SINK):
+            raise _no_gradient(site, "RelP takes attention patterns as constants",
+                               'Ask for "attn.pattern" or "attn.v", or pass rules="gradient".')
 
 
 def _sloped(capture: Capture) -> tuple[str, ...]:

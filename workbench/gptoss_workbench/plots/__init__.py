@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from gptoss_workbench.plots.curves import dose_curves, probe_curves
 from gptoss_workbench.plots.figures import layer_expert_heatmap, layer_token_heatmap, lens_table, token_lines
+"""Labelled arrays to plotly figures: heatmaps of layers against tokens or experts, lines, the lens table, checked estimates."""
+
+from __future__ import annotations
+
+from gptoss_workbench.plots.figures import (
+    agreement_scatter,
+    layer_expert_heatmap,
+    layer_token_heatmap,
+    lens_table,
+    token_lines,
+)
 from gptoss_workbench.plots.labels import plain, visible
 from gptoss_workbench.plots.places import place_heatmap
 
@@ -11,3 +22,5 @@ __all__ = [
     "dose_curves", "layer_expert_heatmap", "layer_token_heatmap", "lens_table", "place_heatmap", "plain", "probe_curves",
     "token_lines", "visible",
 ]
+__all__ = ["agreement_scatter", "layer_expert_heatmap", "layer_token_heatmap", "lens_table", "plain", "token_lines",
+           "visible"]

@@ -231,3 +231,39 @@ def lens_table(lens: xr.Dataset, *, title: str = "", theme: Theme = "light") -> 
                         showgrid=False)
     figure.update_yaxes(**_layer_axis(labels))
     return figure
+
+
+def agreement_scatter(
+    checked: xr.Dataset, *, title: str = "", unit: str = "", theme: Theme = "light",
+) -> go.Figure:
+    """Estimates across, exact effects up, a point a place; on the line the two are equal.
+
+    Args:
+        checked: the result of ``wb.checked``. Places outside the top are drawn as crosses: one far from zero is one
+            that the estimates missed.
+        unit: what both axes count; by default the metric's name.
+
+    Raises: WorkbenchError when it is something else.
+    """
+    if "place" not in checked.dims or not {"estimate", "exact", "top"} <= set(checked.variables):
+        raise WorkbenchError("These are no checked places.", expected="estimate, exact and top over (place)",
+                             got=", ".join(sorted(map(str, checked.variables)))[:200], hint="Use wb.checked(result).")
+    named = [name for name in ("layer", "token", "query", "text", "head", "kv_head", "slot", "expert", "key")
+             if name in checked.coords]
+    shown = np.array([", ".join(f"{name} {plain(str(checked.coords[name].values[i]), 40)}" for name in named)
+                      for i in range(checked.sizes["place"])], dtype=object)
+    one, two = (np.asarray(checked[name].values, dtype=float) for name in ("estimate", "exact"))
+    ends = [min(one.min(initial=0), two.min(initial=0)), max(one.max(initial=0), two.max(initial=0))]
+    figure = go.Figure(go.Scatter(x=ends, y=ends, mode="lines", hoverinfo="skip", showlegend=False,
+                                  line=dict(color=_INK[theme][1], width=2)))
+    colours, top = table(theme), np.asarray(checked["top"].values, dtype=bool)
+    for name, mask, mark, at in (("largest estimates", top, "circle", 200), ("drawn from the rest", ~top, "x", 110)):
+        figure.add_trace(go.Scatter(
+            x=one[mask], y=two[mask], mode="markers", name=name, customdata=shown[mask],
+            marker=dict(symbol=mark, size=9, color="rgb({},{},{})".format(*map(int, colours[at]))),
+            hovertemplate="%{customdata}<br>estimate %{x:.3f}, exact <b>%{y:.3f}</b><extra></extra>"))
+    _style(figure, title, theme, 360)
+    unit = escape(unit or str(checked.attrs.get("metric", "")))
+    figure.update_xaxes(title=f"estimate: {unit}")
+    figure.update_yaxes(title=f"exact: {unit}")
+    return figure
