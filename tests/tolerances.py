@@ -76,7 +76,8 @@ FINITE_DIFFERENCE = 0.01
 """Relative: a central difference of a float32 metric, large enough a step to stand out of rounding."""
 
 COMPLETENESS = 0.005
-"""Relative L2 of integrated gradients' sums against what the whole does: the path has kinks, at clamps."""
+"""Relative to the sum of their sizes: integrated gradients' sum against what the whole does. The path has kinks, at
+clamps, which 48 points meet as they may (0.0036 seen; 0.012 with 24 points, 0.057 with 12)."""
 
 EXPERT_GRADIENT_F32 = 1e-5
 """Relative and absolute. Gradients through one expert map against dense autograd, float32: unit scale, other order."""

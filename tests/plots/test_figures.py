@@ -139,5 +139,5 @@ def test_agreement_has_each_place_once_and_a_line_of_equals() -> None:
     assert (list(trace(figure, 2).x), list(trace(figure, 2).y)) == ([0.5], [0.0])
     assert trace(figure, 1).customdata[0].startswith("layer 2, text ") and "<b>" not in trace(figure, 1).customdata[0]
     assert "<x>" not in figure.layout.xaxis.title.text
-    with pytest.raises(WorkbenchError, match="wb.checked"):
+    with pytest.raises(WorkbenchError, match=r"wb\.checked"):
         plots.agreement_scatter(places[["estimate"]])

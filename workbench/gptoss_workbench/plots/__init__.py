@@ -5,6 +5,7 @@ from __future__ import annotations
 from gptoss_workbench.plots.curves import dose_curves, probe_curves
 from gptoss_workbench.plots.figures import layer_expert_heatmap, layer_token_heatmap, lens_table, token_lines
 """Labelled arrays to plotly figures: heatmaps of layers against tokens or experts, lines, the lens table, checked estimates."""
+"""Labelled arrays to plotly figures: heatmaps of layers, tokens and experts, lines, the lens table, agreement."""
 
 from __future__ import annotations
 
