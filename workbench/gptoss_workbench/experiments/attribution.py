@@ -36,9 +36,10 @@ def attribution(
     - "relp": (x' - x) . c, with c the slope under rules that take norms, activations and attention patterns as
       constants. Relevance patching: Jafari et al. 2025 (arXiv 2508.21258). The same cost. Chosen over AtP* (Kramar et
       al. 2024, arXiv 2403.00745) because most of a gpt-oss layer is norms and gated experts, which is what its rules
-      are about and what AtP* leaves as it is. On the embedded model's capital fact its correlation with exact patching
-      of the residual stream is 0.91, the plain gradient's 0.65 to 0.76. It can't see what acts through queries and
-      keys: there take "gradient" or "integrated".
+      are about and what AtP* leaves as it is. On the embedded model's capital fact (two pairs, live router) its
+      correlation with exact patching of the residual stream is 0.92 and 0.93, the plain gradient's 0.75 and 0.53; of
+      single heads neither is better throughout. It can't see what acts through queries and keys: there take
+      "gradient" or "integrated".
     - "integrated": the slope averaged over ``steps`` points (Gauss-Legendre) between corrupt and clean, all tokens of
       a layer moving together. Integrated gradients: Sundararajan et al. 2017 (arXiv 1703.01365), with each layer's
       site as the input; ``site="embed"`` is theirs. Complete: the estimates of a layer sum to ``total``, the exact
