@@ -164,8 +164,9 @@ place of the model so large a mean effect: a permutation test over all places to
 - In the planted models exact patching names {false} places that are not true ones.
 
 The first are models of unit-size random weights, asked the prompts of every circuit; the second have a circuit whose
-last head was left out, so the rest of it and its decoys work as hard as before and lead nowhere. The share of
-examinations at 0.05 or less says whether the test is honest (it should be near 5 %).
+last head was left out, so the rest of it and its decoys work as hard as before and lead nowhere. Exact patching was
+asked about all of them, attributions and direct logit attribution about the first random ones. An examination is one
+method on one model. The share of them at 0.05 or less says whether the test is honest (it should be near 5 %).
 
 Share of the models of each circuit in which the places named at the threshold are exactly the true ones:
 
