@@ -49,10 +49,10 @@ __all__ = [*_WHERE, *_ROOMS, "explore"]
 if TYPE_CHECKING:
     from gptoss_workbench import errors, experiments, harmony, hooks, model, nano, planted, plots, store
     from gptoss_workbench.checkup import doctor
-    from gptoss_workbench.experiments.causal_tracing import causal_tracing
     from gptoss_workbench.experiments.agreement import checked
     from gptoss_workbench.experiments.attributing import AttributionPlan
     from gptoss_workbench.experiments.attribution import attribution
+    from gptoss_workbench.experiments.causal_tracing import causal_tracing
     from gptoss_workbench.experiments.decompose import decompose_residual, expert_contributions, head_contributions
     from gptoss_workbench.experiments.direct_attribution import direct_logit_attribution
     from gptoss_workbench.experiments.directions import contrast, effort_direction, refusal_direction

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from gptoss_workbench.errors import ExperimentError
 from gptoss_workbench.experiments.agreement import agreement, candidates, mean_interval, ranking
+from gptoss_workbench.experiments.attributed import Places
 from gptoss_workbench.experiments.gradients import Gradients, gradients
 from gptoss_workbench.experiments.metrics import Metric
-from gptoss_workbench.experiments.places import Places
 from gptoss_workbench.hooks.capture import capture
 from gptoss_workbench.hooks.edits import SINK, Edit, patch
 from gptoss_workbench.hooks.routing import replay_routes

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 import xarray as xr
 
+from gptoss_workbench.experiments.attributed import places_of
 from gptoss_workbench.experiments.attributing import AttributionPlan, Method, Work
 from gptoss_workbench.experiments.metrics import Metric
-from gptoss_workbench.experiments.places import places_of
 from gptoss_workbench.hooks.selection import Indices
 from gptoss_workbench.model.model import Model, Prompt
 

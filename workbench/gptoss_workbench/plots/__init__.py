@@ -1,14 +1,8 @@
-"""Labelled arrays to plotly figures: heatmaps of layers against tokens or experts, places, lines, the lens table."""
+"""Labelled arrays to plotly figures: heatmaps of layers, tokens, experts and places, lines, lens, agreement, doses."""
 
 from __future__ import annotations
 
 from gptoss_workbench.plots.curves import dose_curves, probe_curves
-from gptoss_workbench.plots.figures import layer_expert_heatmap, layer_token_heatmap, lens_table, token_lines
-"""Labelled arrays to plotly figures: heatmaps of layers against tokens or experts, lines, the lens table, checked estimates."""
-"""Labelled arrays to plotly figures: heatmaps of layers, tokens and experts, lines, the lens table, agreement."""
-
-from __future__ import annotations
-
 from gptoss_workbench.plots.figures import (
     agreement_scatter,
     layer_expert_heatmap,
@@ -20,8 +14,6 @@ from gptoss_workbench.plots.labels import plain, visible
 from gptoss_workbench.plots.places import place_heatmap
 
 __all__ = [
-    "dose_curves", "layer_expert_heatmap", "layer_token_heatmap", "lens_table", "place_heatmap", "plain", "probe_curves",
-    "token_lines", "visible",
+    "agreement_scatter", "dose_curves", "layer_expert_heatmap", "layer_token_heatmap", "lens_table", "place_heatmap",
+    "plain", "probe_curves", "token_lines", "visible",
 ]
-__all__ = ["agreement_scatter", "layer_expert_heatmap", "layer_token_heatmap", "lens_table", "plain", "token_lines",
-           "visible"]
