@@ -151,8 +151,9 @@ What the tables say:
   the corrupt prompt (induction, sink gate) a head that must first look elsewhere has little slope, so its share stays
   under the threshold of the second table below. Integrated gradients pass the slope on their way and mend most of that.
 - **Gradients** put the right heads and experts first here, but not with the right size: where the circuit is shut
-  in the corrupt prompt (induction, sink gate) a head that must first look elsewhere has little slope, so its share stays under
-  the threshold of the second table below. Integrated gradients pass the slope on their way and mend most of that.
+  in the corrupt prompt (induction, sink gate) a head that must first look elsewhere has little slope, so its share
+  stays under the threshold of the second table below. Integrated gradients pass the slope on their
+  way and mend most of that.
 - Gradients **of the residual stream** don't see a route: which experts are chosen is discrete, and what the choice
   would change has no slope. The router's own logits do show it.
 - **Direct logit attribution** sees who writes the answer, never who told the writer or what an expert held ready.

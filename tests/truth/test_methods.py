@@ -36,7 +36,8 @@ def test_looking_is_fooled_where_patching_is_not(route) -> None:
     """Direct attribution can't see an expert whose output is fetched later, and usage can't tell it from its decoy."""
     for name in ("direct logit attribution, experts", "expert usage"):
         method = NAMED[name]
-        assert score.hits(method, route, score.effects(method, route))["expert"] < 1
+        right = score.hits(method, route, score.effects(method, route))
+        assert right is not None and right["expert"] < 1
 
 
 def test_own_taps_equal_the_workbench_edits(route) -> None:

@@ -78,6 +78,7 @@ def test_an_expert_serves_its_class_of_tokens_and_no_other() -> None:
 def test_the_gate_is_the_sink() -> None:
     """The gated head's sink set to nothing in the weights: it copies whatever the switch says."""
     planted = wb.planted.sink_gate(2, pairs=PAIRS)
+    assert planted.sink is not None
     layer, head = planted.sink
     for pair in planted.pairs:
         assert says(planted.model, pair.corrupt) != pair.answer
