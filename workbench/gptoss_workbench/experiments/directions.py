@@ -71,7 +71,7 @@ def contrast(
     kinds = np.array([True, False] * shared + [True] * (len(positive) - shared) + [False] * (len(negative) - shared))
     values = read_vectors(model, order, site, layers=numbers, tokens=tokens,
                           watch=Watch(on_plan, on_progress, should_stop))
-    read = ~np.isnan(values).any((1, 2))
+    read = np.asarray(~np.isnan(values).any(axis=(1, 2)))
     if method == "pca":
         read[: 2 * shared] &= np.repeat(read[1 : 2 * shared : 2], 2)  # a pair counts when both were read
     plus, minus = values[kinds & read], values[~kinds & read]

@@ -113,7 +113,7 @@ def probe(
         values = samples.values[:, index]
         right, scores = accuracy(values, wanted)
         found["accuracy"][index], found["accuracy_low"][index], found["accuracy_high"][index] = mean_interval(
-            right, samples.groups, seed=seed)
+            right, samples.groups.tolist(), seed=seed)
         if len(classes) == 2:
             found["auc"][index], found["auc_low"][index], found["auc_high"][index] = _auc_interval(
                 scores, wanted, samples.groups, seed)
@@ -256,7 +256,7 @@ def _auc_interval(
 ) -> tuple[float, float, float]:
     """AUC of held-out scores, groups drawn with replacement."""
     if not np.isfinite(scores).all():
-        return (float("nan"),) * 3
+        return float("nan"), float("nan"), float("nan")
     area = sklearn().metrics.roc_auc_score
     members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
     draw, found = np.random.default_rng(seed), []
