@@ -142,7 +142,8 @@ def _dense_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     filled = F.pad(rows.float(), (0, 0, 0, missing)).view(-1, products.TILE_TOKENS, rows.shape[1])
     product = products.dense_tiles(filled.transpose(1, 2).contiguous(), weight).transpose(1, 2)
     product = product if bias is None else product + bias.float()
-    return product.to(rows.dtype).reshape(-1, len(weight))[: len(rows)]
+    filled = product.to(rows.dtype).reshape(-1, len(weight))
+    return filled[: len(rows)].clone() if missing else filled  # whoever keeps it must not keep the padding alive
 
 
 def _on_cpu(*tensors: Tensor) -> bool:
