@@ -31,6 +31,9 @@ _WHERE = {
     "causal_tracing": "experiments.causal_tracing", "path_patching": "experiments.path_patching",
     "summarize": "experiments.uncertainty", "sweep": "experiments.sweep", "ProgressLine": "experiments.sweeps.watch",
     "logit_lens": "experiments.lens", "next_tokens": "experiments.lens",
+    "lens_grid": "experiments.lens_grid", "LENS_SITES": "experiments.lens_grid", "decided_at": "experiments.decided",
+    "tuned_lens": "experiments.tuned_lens", "TunedLens": "experiments.tuned_lens",
+    "tuned_lens_kl": "experiments.tuned_lens",
     "expert_usage": "experiments.usage", "token_quantity": "experiments.quantities",
     "TOKEN_QUANTITIES": "experiments.quantities",
     "head_contributions": "experiments.decompose", "expert_contributions": "experiments.decompose",
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
     from gptoss_workbench.experiments.attributing import AttributionPlan
     from gptoss_workbench.experiments.attribution import attribution
     from gptoss_workbench.experiments.causal_tracing import causal_tracing
+    from gptoss_workbench.experiments.decided import decided_at
     from gptoss_workbench.experiments.decompose import decompose_residual, expert_contributions, head_contributions
     from gptoss_workbench.experiments.direct_attribution import direct_logit_attribution
     from gptoss_workbench.experiments.directions import contrast, effort_direction, refusal_direction
@@ -60,6 +64,8 @@ if TYPE_CHECKING:
     from gptoss_workbench.experiments.gradients import gradients
     from gptoss_workbench.experiments.lens import logit_lens, next_tokens
     from gptoss_workbench.experiments.metrics import Metric, kl_divergence, logit_diff, probability, rank
+    from gptoss_workbench.experiments.lens_grid import LENS_SITES, lens_grid
+    from gptoss_workbench.experiments.metrics import Metric, logit_diff
     from gptoss_workbench.experiments.parts import COMPONENT_SITES
     from gptoss_workbench.experiments.patching import patching
     from gptoss_workbench.experiments.path_patching import path_patching
@@ -70,6 +76,7 @@ if TYPE_CHECKING:
     from gptoss_workbench.experiments.sweep import sweep
     from gptoss_workbench.experiments.sweeps.watch import ProgressLine
     from gptoss_workbench.experiments.uncertainty import summarize
+    from gptoss_workbench.experiments.tuned_lens import TunedLens, tuned_lens, tuned_lens_kl
     from gptoss_workbench.experiments.usage import expert_usage
     from gptoss_workbench.harmony.conversation import chat
     from gptoss_workbench.hooks.attention import cut_attention, pin_attention, scale_sink

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 import xarray as xr
@@ -12,6 +14,9 @@ from gptoss_workbench.hooks.selection import resolve
 from gptoss_workbench.model.model import Model
 from gptoss_workbench.model.provenance import with_method
 from gptoss_workbench.model.run import Run
+
+if TYPE_CHECKING:
+    from gptoss_workbench.experiments.tuned_lens import TunedLens
 
 
 @torch.no_grad()
@@ -36,13 +41,16 @@ def next_tokens(model: Model, run: Run, token: int = -1, top: int = 10) -> xr.Da
 
 
 @torch.no_grad()
-def logit_lens(model: Model, run: Run, token: int = -1, top: int = 5) -> xr.Dataset:
+def logit_lens(
+    model: Model, run: Run, token: int = -1, top: int = 5, *, lens: TunedLens | None = None,
+) -> xr.Dataset:
     """The likeliest next tokens if each layer were the last: its ``resid_post`` through final norm and unembedding.
 
     Args:
         run: captured ``resid_post``.
         token: the position; negative ones count from the end.
         top: how many at each layer.
+        lens: a tuned lens to read through; see ``wb.tuned_lens``.
 
     Returns:
         Dataset over (layer, rank): id, text, prob. The last layer is what the model says.
@@ -51,16 +59,20 @@ def logit_lens(model: Model, run: Run, token: int = -1, top: int = 5) -> xr.Data
         SiteError: the run holds no ``resid_post``, or not of that token.
 
     Pitfall: early layers need not speak the output's language; a late appearance is not a late computation.
+    ``wb.lens_grid`` reads all tokens, and the halves of the layers too.
     """
     position = resolve(token, len(run), "token")[0]
     column = resolve(run.positions.index(position) if position in run.positions else len(run.positions),
                      len(run.positions), "captured token")[0]
+    layers = run.layers("resid_post")
     resid = run.tensor("resid_post")[:, column]
+    if lens is not None:
+        resid = torch.stack([lens.translated(state, layer) for state, layer in zip(resid, layers, strict=True)])
     norm = model.transformer.kernels.rms_norm(resid, model.weights.final_norm, model.config.rms_norm_eps)
     out = _top(model, log_probs(model, norm), top)
-    layers = run.layers("resid_post")
     bands = ("layer", [model.config.bands[layer] for layer in layers])
-    record = with_method(run.provenance, "logit_lens", token=position, top=top)
+    record = with_method(run.provenance, "logit_lens" if lens is None else "tuned_lens.lens", token=position, top=top,
+                         **({} if lens is None else {"lens": lens.digest}))
     return out.assign_coords(layer=layers, band=bands).assign_attrs(token=position, provenance=record)
 
 
