@@ -122,3 +122,6 @@ LENS_F32 = 2e-5
 TRAINED_F32 = 1e-5
 """Weights after three steps of Adam at 0.01 against torch's optimiser: its division by the root of squared slopes
 turns their last bits into parts of a step where they are near zero."""
+
+FITTED = 1e-6
+"""Chances of pairs from odds that were fitted to usages until these were right to 1e-9."""

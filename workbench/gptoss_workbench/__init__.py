@@ -34,6 +34,9 @@ _WHERE = {
     "lens_grid": "experiments.lens_grid", "LENS_SITES": "experiments.lens_grid", "decided_at": "experiments.decided",
     "tuned_lens": "experiments.tuned_lens", "TunedLens": "experiments.tuned_lens",
     "tuned_lens_kl": "experiments.tuned_lens",
+    "routing_stats": "experiments.routing", "expert_coactivation": "experiments.routing",
+    "expert_profile": "experiments.expert_profile", "expert_importance": "experiments.importance",
+    "compare_runs": "experiments.compare",
     "expert_usage": "experiments.usage", "token_quantity": "experiments.quantities",
     "TOKEN_QUANTITIES": "experiments.quantities",
     "head_contributions": "experiments.decompose", "expert_contributions": "experiments.decompose",
@@ -61,7 +64,13 @@ if TYPE_CHECKING:
     from gptoss_workbench.experiments.direct_attribution import direct_logit_attribution
     from gptoss_workbench.experiments.directions import contrast, effort_direction, refusal_direction
     from gptoss_workbench.experiments.dose import dose_response
+    from gptoss_workbench.experiments.compare import compare_runs
+    from gptoss_workbench.experiments.decided import decided_at
+    from gptoss_workbench.experiments.decompose import decompose_residual, expert_contributions, head_contributions
+    from gptoss_workbench.experiments.direct_attribution import direct_logit_attribution
+    from gptoss_workbench.experiments.expert_profile import expert_profile
     from gptoss_workbench.experiments.gradients import gradients
+    from gptoss_workbench.experiments.importance import expert_importance
     from gptoss_workbench.experiments.lens import logit_lens, next_tokens
     from gptoss_workbench.experiments.metrics import Metric, kl_divergence, logit_diff, probability, rank
     from gptoss_workbench.experiments.lens_grid import LENS_SITES, lens_grid
@@ -76,6 +85,7 @@ if TYPE_CHECKING:
     from gptoss_workbench.experiments.sweep import sweep
     from gptoss_workbench.experiments.sweeps.watch import ProgressLine
     from gptoss_workbench.experiments.uncertainty import summarize
+    from gptoss_workbench.experiments.routing import expert_coactivation, routing_stats
     from gptoss_workbench.experiments.tuned_lens import TunedLens, tuned_lens, tuned_lens_kl
     from gptoss_workbench.experiments.usage import expert_usage
     from gptoss_workbench.harmony.conversation import chat

@@ -17,3 +17,7 @@ __all__ = [
     "agreement_scatter", "dose_curves", "layer_expert_heatmap", "layer_token_heatmap", "lens_table", "place_heatmap",
     "plain", "probe_curves", "token_lines", "visible",
 ]
+from gptoss_workbench.plots.routing import expert_label_heatmap, step_token_heatmap, use_harm_scatter
+
+__all__ = ["expert_label_heatmap", "layer_expert_heatmap", "layer_token_heatmap", "lens_table", "plain",
+           "step_token_heatmap", "token_lines", "use_harm_scatter", "visible"]

@@ -1,0 +1,177 @@
+"""Which experts a behaviour needs: take each away, and see what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from gptoss_workbench.errors import ExperimentError
+from gptoss_workbench.experiments.cost import Cost
+from gptoss_workbench.experiments.metrics import Metric
+from gptoss_workbench.experiments.parts import columns
+from gptoss_workbench.experiments.rows import token_log_probs
+from gptoss_workbench.hooks.edits import Edit
+from gptoss_workbench.hooks.routing import route_around, silence_experts
+from gptoss_workbench.hooks.selection import Indices, freeze, resolve
+from gptoss_workbench.model.model import Model, Prompt
+from gptoss_workbench.model.provenance import digest_of_json, with_method
+from gptoss_workbench.model.run import Run
+
+TOKENS_PER_BATCH = 4096  # bounds memory; larger batches were not faster on two cores
+_EDITS = {"silence": silence_experts, "route_around": route_around}
+
+
+@torch.no_grad()
+def expert_importance(
+    model: Model, prompts: Sequence[Prompt], metric: Metric | Literal["loss"],
+    mode: Literal["silence", "route_around"] = "silence", *, completions: Sequence[str | Sequence[int]] | None = None,
+    layers: Indices = None, experts: Indices = None, tokens: Indices = None, labels: Sequence[str] | None = None,
+    resume: xr.Dataset | None = None, on_plan: Callable[[Cost], object] | None = None,
+    on_progress: Callable[[int, int], object] | None = None, should_stop: Callable[[], bool] | None = None,
+) -> xr.Dataset:
+    """How much worse each prompt fares without each expert, beside how much it uses that expert.
+
+    Args:
+        prompts: several; each is tried without each expert that serves it.
+        metric: read after the last token, higher being better, e.g. ``wb.logit_diff(" Paris", " Rome")``; or "loss",
+            the mean surprisal of ``completions`` in nats a token.
+        mode: "silence", the expert is chosen and counts nothing; "route_around", the next best steps in.
+        completions: for "loss", what follows each prompt.
+        layers, experts: which to try; None for all.
+        tokens: where the expert is taken away, and where its use is counted, in prompt and completion; None for all.
+        labels: a name for each prompt's kind, put beside ``prompt``, for ``.groupby("label").mean()``.
+        resume: an earlier result of the same question, stopped or not: only what is NaN in it is computed.
+        on_plan: told the cost once it is known, after one pass a prompt and before all others.
+        on_progress: called with (passes done, passes in all), the prompts' own included.
+        should_stop: asked before each batch; True ends early and leaves NaN where nothing was computed.
+
+    Returns:
+        Dataset over (layer, expert, prompt), float32: ``harm``, the fall of the metric or the rise of the loss, 0 where
+        the expert serves none of the tokens (exactly, it need not be tried); ``use``, its mean share of the router's
+        weight over the tokens. ``value`` (prompt): metric or loss with every expert. ``agreement`` (layer): Spearman's
+        rank correlation of the two, each averaged over the prompts, NaN where one of them is constant or unknown.
+
+    Raises:
+        ExperimentError: an unknown mode, completions or labels that do not fit, or ``resume`` of another question.
+
+    Ablation one at a time, as for heads in Michel et al. 2019 (arXiv 1905.10650).
+
+    Pitfalls: experts that stand in for each other all look unimportant, and one that every token of a format needs
+    looks important to every task: compare tasks, not only experts. Silencing leaves a hole that nothing prepared for;
+    routing around measures what this expert has over the next best.
+    """
+    if mode not in _EDITS:
+        raise ExperimentError("There is no such way to take an expert away.", expected=" or ".join(_EDITS),
+                              got=repr(mode))
+    rows, starts = _rows(model, prompts, metric, completions, labels)
+    config = model.config
+    wanted = resolve(freeze(layers), config.num_hidden_layers, "layer")
+    who = resolve(freeze(experts), config.num_local_experts, "expert")
+    name = metric if isinstance(metric, str) else metric.name
+    question = digest_of_json([repr(model), model.provenance.digest, rows, starts, name, mode, wanted, who,
+                               repr(freeze(tokens))])
+    harm = np.full((len(wanted), len(who), len(rows)), np.nan, dtype=np.float32)
+    if resume is not None:
+        if resume.attrs.get("question") != question:
+            raise ExperimentError("That result can't be resumed here: it was asked something else.",
+                                  expected="the same model, prompts, metric, mode and places", got=str(resume.sizes))
+        harm = resume["harm"].values.copy()
+    use, value = np.zeros_like(harm), np.zeros(len(rows), dtype=np.float32)
+    places, todo = [], []
+    for number, row in enumerate(rows):
+        run = model.run(row, capture="router")
+        at = columns(run, tokens)
+        places.append([run.positions[column] for column in at])
+        value[number] = _values(model, [run], metric, starts[number])[0]
+        received = _received(run, at, config.num_local_experts)[np.ix_(wanted, who)]
+        use[:, :, number] = received
+        blank = np.isnan(harm[:, :, number])
+        harm[:, :, number][blank & (received == 0)] = 0
+        todo += [(number, int(i), int(j)) for i, j in np.argwhere(blank & (received > 0))]
+    if on_plan is not None:
+        on_plan(Cost(len(todo), sum(len(rows[number]) for number, _, _ in todo)))
+    done = len(rows)
+    for batch in _batches(todo, rows):
+        if should_stop is not None and should_stop():
+            break
+        number = batch[0][0]
+        edits: list[Edit] = [_EDITS[mode](layer=wanted[i], experts=who[j], tokens=places[number], prompt=row)
+                             for row, (_, i, j) in enumerate(batch)]
+        runs = model.run([rows[number]] * len(batch), edits=edits)
+        changed = _values(model, list(runs), metric, starts[number])
+        for (_, i, j), other in zip(batch, changed, strict=True):
+            harm[i, j, number] = other - value[number] if metric == "loss" else value[number] - other
+        done += len(batch)
+        if on_progress is not None:
+            on_progress(done, len(rows) + len(todo))
+    dims = ("layer", "expert", "prompt")
+    record = with_method(model.run(rows[0]).provenance, "expert_importance", metric=name, mode=mode, prompts=rows,
+                         completions_from=starts, tokens=repr(freeze(tokens)))
+    return xr.Dataset(
+        {"harm": (dims, harm), "use": (dims, use), "value": ("prompt", value), "agreement": ("layer", [
+            _spearman(costs.mean(-1), used.mean(-1)) for costs, used in zip(harm, use, strict=True)])},
+        coords={"layer": wanted, "band": ("layer", [config.bands[layer] for layer in wanted]), "expert": who,
+                "prompt": range(len(rows)),
+                **({} if labels is None else {"label": ("prompt", np.array(list(labels), dtype=object))})},
+        attrs={"model": model.name, "metric": name, "mode": mode, "question": question, "provenance": record},
+    )
+
+
+def _rows(
+    model: Model, prompts: Sequence[Prompt], metric: Metric | str, completions: Sequence[str | Sequence[int]] | None,
+    labels: Sequence[str] | None,
+) -> tuple[list[list[int]], list[int]]:
+    """The ids to run, and where in them the completions begin."""
+    rows = [model.encode(prompt) for prompt in prompts]
+    starts = [len(row) for row in rows]
+    loss = metric == "loss"
+    if not rows or not (loss or isinstance(metric, Metric)) or loss != (completions is not None):
+        raise ExperimentError("That can't be measured.", got=f"{len(rows)} prompts, metric={metric!r}"[:150],
+                              expected='prompts and a metric, or prompts, "loss" and completions=')
+    for what, given in (("completions", completions), ("labels", labels)):
+        if given is not None and len(given) != len(rows):
+            raise ExperimentError(f"{what}= needs one for each prompt.", expected=f"{len(rows)} {what}", got=len(given))
+    if completions is not None:
+        rows = [row + model.encode(after) for row, after in zip(rows, completions, strict=True)]
+    return rows, starts
+
+
+def _values(model: Model, runs: list[Run], metric: Metric | str, start: int) -> np.ndarray:
+    """The metric of runs of equal ids, (run,) float32."""
+    if isinstance(metric, Metric):
+        logits = model.transformer.unembed(torch.stack([run.hidden[-1] for run in runs]))
+        return metric.of(model, logits).float().cpu().numpy()
+    ids = torch.tensor(runs[0].ids[start:], device=model.device)
+    return np.array([float(-token_log_probs(model, run.hidden[start - 1:-1], ids).mean()) for run in runs])
+
+
+def _received(run: Run, at: list[int], experts: int) -> np.ndarray:
+    """The mean router weight of each expert over some columns, (layer, expert) float32."""
+    weights, chosen = (run.tensor(f"router.{what}")[:, at] for what in ("weights", "experts"))
+    out: Tensor = torch.zeros(len(weights), len(at), experts, device=weights.device)
+    return out.scatter_(-1, chosen, weights.float()).mean(1).cpu().numpy()
+
+
+def _batches(todo: list[tuple[int, int, int]], rows: list[list[int]]) -> list[list[tuple[int, int, int]]]:
+    """Cases of one prompt together, so that nothing is padded."""
+    batches: list[list[tuple[int, int, int]]] = []
+    for case in todo:
+        full = batches and (len(batches[-1]) + 1) * len(rows[case[0]]) > TOKENS_PER_BATCH
+        if not batches or full or batches[-1][0][0] != case[0]:
+            batches.append([])
+        batches[-1].append(case)
+    return batches
+
+
+def _spearman(first: np.ndarray, second: np.ndarray) -> float:
+    """Rank correlation; equal values share the mean of their ranks."""
+    ranks = [np.array([(values < one).sum() + ((values == one).sum() - 1) / 2 for one in values])
+             for values in (first, second)]
+    if not (np.isfinite(first).all() and ranks[0].std() > 0 and ranks[1].std() > 0):
+        return float("nan")
+    return float(np.corrcoef(*ranks)[0, 1])
