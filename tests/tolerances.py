@@ -125,3 +125,6 @@ turns their last bits into parts of a step where they are near zero."""
 
 FITTED = 1e-6
 """Chances of pairs from odds that were fitted to usages until these were right to 1e-9."""
+
+EMBEDDED_LOSS_F32 = 1e-5
+"""Nats a token of the embedded model: with a cache or without, padded or alone, means of some tens of tokens."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import combinations, product
 from math import exp, log, log2
+from random import Random
 
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ from gptoss_workbench.errors import ExperimentError, SiteError
 from gptoss_workbench.experiments.expert_profile import _shuffled
 from gptoss_workbench.experiments.routing import expected_together
 from gptoss_workbench.model.run import Run
+from gptoss_workbench.nano.behaviour import completion_losses
 from gptoss_workbench.nano.measures import mutual_information
+from gptoss_workbench.nano.problems import draw_problem
 from tests.factories import tiny_model, write_hf
-from tests.tolerances import FITTED, SUM_F32
+from tests.tolerances import EMBEDDED_LOSS_F32, FITTED, SUM_F32
 
 ONE, TWO = [5, 17, 300, 8, 90, 91, 12, 3, 44, 210], [5, 17, 301, 8, 8]
 
@@ -116,7 +119,7 @@ def planted(tiny, beyond: bool):
 
 def test_identity_alone_is_seen_through(tiny) -> None:
     runs, labels = planted(tiny, beyond=False)
-    found = wb.expert_profile(tiny, runs, "task", labels=labels).sel(layer=0)
+    found = wb.expert_profile(tiny, runs, "task", labels=labels, shuffles=100).sel(layer=0)
     a = found.sel(label="a")
     assert float(a["lift"].sel(expert=0)) > 1.5 and float(a["p_shuffled"].sel(expert=0)) < 0.01  # a "specialist" ...
     np.testing.assert_allclose(found["beyond"].sel(expert=[0, 1, 2, 3]), 1, atol=SUM_F32)  # ... of its ids alone
@@ -127,7 +130,7 @@ def test_identity_alone_is_seen_through(tiny) -> None:
 
 def test_what_goes_beyond_identity_is_found(tiny) -> None:
     runs, labels = planted(tiny, beyond=True)
-    found = wb.expert_profile(tiny, runs, "task", labels=labels).sel(layer=0)
+    found = wb.expert_profile(tiny, runs, "task", labels=labels, shuffles=100).sel(layer=0)
     p = found["p_beyond"].sel(label="b")
     assert (p.sel(expert=[6, 7]) < 0.01).all() and (p.sel(expert=[0, 1, 2, 3, 4, 5]) == 1).all()
     assert float(found["explained"]) < 0.8 < float(found["explained_shuffled"])
@@ -206,8 +209,10 @@ def test_importance_equals_one_run_after_the_other(tiny, runs, mode, edit) -> No
     assert np.isfinite(found["agreement"]).all() and (abs(found["agreement"]) <= 1).all()
 
 
-def test_importance_of_a_loss_at_some_tokens(tiny) -> None:
-    found = wb.expert_importance(tiny, [ONE[:6]], "loss", completions=[ONE[6:]], layers=2, tokens=slice(0, 4))
+@pytest.mark.parametrize("tokens", [slice(0, 4), slice(3, 8), [7, 8]])
+def test_importance_of_a_loss_at_some_tokens(tiny, tokens) -> None:
+    """Taken away before the completion, across its beginning, and within it."""
+    found = wb.expert_importance(tiny, [ONE[:6]], "loss", completions=[ONE[6:]], layers=2, tokens=tokens)
     run = tiny.run(ONE, capture="router")
 
     def loss(run) -> float:
@@ -215,9 +220,21 @@ def test_importance_of_a_loss_at_some_tokens(tiny) -> None:
         return -float(log_p.gather(1, torch.tensor(ONE[6:])[:, None]).mean())
 
     assert float(found["value"][0]) == pytest.approx(loss(run), abs=SUM_F32)
-    for expert in set(run.tensor("router.experts", 2)[:4].flatten().tolist()):
-        other = loss(tiny.run(ONE, edits=[wb.silence_experts(layer=2, experts=expert, tokens=slice(0, 4))]))
+    for expert in set(run.tensor("router.experts", 2)[tokens].flatten().tolist()):
+        other = loss(tiny.run(ONE, edits=[wb.silence_experts(layer=2, experts=expert, tokens=tokens)]))
         assert float(found["harm"].sel(layer=2, expert=expert)[0]) == pytest.approx(other - loss(run), abs=SUM_F32)
+
+
+def test_a_selective_knock_out_of_the_embedded_model(model) -> None:
+    """As the model's own evaluation measures it: what sums can't do without, a capital hardly needs."""
+    said = wb.where(role="assistant")
+    problems = [draw_problem(Random(f"{cell}/0"), cell, "medium") for cell in ("addition, 3 digits", "capital")]
+    found = wb.expert_importance(model, [one.ids for one in problems], "loss", layers=0, experts=5, tokens=said,
+                                 completions=[one.turn.completion for one in problems])
+    edits = [wb.silence_experts(layer=0, experts=5, tokens=said)]
+    harm = completion_losses(model, problems, edits) - completion_losses(model, problems)
+    np.testing.assert_allclose(found["harm"].values.ravel(), harm, atol=EMBEDDED_LOSS_F32)
+    assert harm[0] > 0.5 and harm[0] > 5 * abs(harm[1])
 
 
 def test_importance_stops_and_goes_on(tiny, monkeypatch) -> None:

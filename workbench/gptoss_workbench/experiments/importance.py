@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -15,9 +16,11 @@ from gptoss_workbench.experiments.cost import Cost
 from gptoss_workbench.experiments.metrics import Metric
 from gptoss_workbench.experiments.parts import columns
 from gptoss_workbench.experiments.rows import token_log_probs
+from gptoss_workbench.hooks.capture import Capture
 from gptoss_workbench.hooks.edits import Edit
 from gptoss_workbench.hooks.routing import route_around, silence_experts
 from gptoss_workbench.hooks.selection import Indices, freeze, resolve
+from gptoss_workbench.model.cache import KVCache
 from gptoss_workbench.model.model import Model, Prompt
 from gptoss_workbench.model.provenance import digest_of_json, with_method
 from gptoss_workbench.model.run import Run
@@ -82,35 +85,38 @@ def expert_importance(
                                   expected="the same model, prompts, metric, mode and places", got=str(resume.sizes))
         harm = resume["harm"].values.copy()
     use, value = np.zeros_like(harm), np.zeros(len(rows), dtype=np.float32)
-    places, todo = [], []
-    for number, row in enumerate(rows):
+    bases, todo = [], []
+    for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
         run = model.run(row, capture="router")
         at = columns(run, tokens)
-        places.append([run.positions[column] for column in at])
-        value[number] = _values(model, [run], metric, starts[number])[0]
+        base = _Base(run, start, tuple(run.positions[column] for column in at))
+        bases.append(base)
+        value[number] = float(base.values(model, run.hidden[None, base.begin:], metric)[0])
         received = _received(run, at, config.num_local_experts)[np.ix_(wanted, who)]
         use[:, :, number] = received
         blank = np.isnan(harm[:, :, number])
         harm[:, :, number][blank & (received == 0)] = 0
         todo += [(number, int(i), int(j)) for i, j in np.argwhere(blank & (received > 0))]
     if on_plan is not None:
-        on_plan(Cost(len(todo), sum(len(rows[number]) for number, _, _ in todo)))
-    done = len(rows)
+        on_plan(Cost(len(todo), sum(len(rows[number]) - bases[number].begin for number, _, _ in todo)))
+    done, current, prefix = len(rows), -1, model.new_cache(1)
     for batch in _batches(todo, rows):
         if should_stop is not None and should_stop():
             break
         number = batch[0][0]
-        edits: list[Edit] = [_EDITS[mode](layer=wanted[i], experts=who[j], tokens=places[number], prompt=row)
+        base = bases[number]
+        if number != current:
+            current, prefix = number, base.prefix(model)
+        edits: list[Edit] = [_EDITS[mode](layer=wanted[i], experts=who[j], tokens=base.places, prompt=row)
                              for row, (_, i, j) in enumerate(batch)]
-        runs = model.run([rows[number]] * len(batch), edits=edits)
-        changed = _values(model, list(runs), metric, starts[number])
+        changed = base.values(model, base.changed(model, prefix, edits, len(batch)), metric).cpu().numpy()
         for (_, i, j), other in zip(batch, changed, strict=True):
             harm[i, j, number] = other - value[number] if metric == "loss" else value[number] - other
         done += len(batch)
         if on_progress is not None:
             on_progress(done, len(rows) + len(todo))
     dims = ("layer", "expert", "prompt")
-    record = with_method(model.run(rows[0]).provenance, "expert_importance", metric=name, mode=mode, prompts=rows,
+    record = with_method(bases[0].run.provenance, "expert_importance", metric=name, mode=mode, prompts=rows,
                          completions_from=starts, tokens=repr(freeze(tokens)))
     return xr.Dataset(
         {"harm": (dims, harm), "use": (dims, use), "value": ("prompt", value), "agreement": ("layer", [
@@ -141,13 +147,51 @@ def _rows(
     return rows, starts
 
 
-def _values(model: Model, runs: list[Run], metric: Metric | str, start: int) -> np.ndarray:
-    """The metric of runs of equal ids, (run,) float32."""
-    if isinstance(metric, Metric):
-        logits = model.transformer.unembed(torch.stack([run.hidden[-1] for run in runs]))
-        return metric.of(model, logits).float().cpu().numpy()
-    ids = torch.tensor(runs[0].ids[start:], device=model.device)
-    return np.array([float(-token_log_probs(model, run.hidden[start - 1:-1], ids).mean()) for run in runs])
+@dataclass(frozen=True)
+class _Base:
+    """A prompt as it is, which every case of it begins with.
+
+    Attributes:
+        start: where its completion begins, or its length.
+        places: the positions where experts are taken away. Before the first of them nothing can change, so those tokens
+            are read once.
+    """
+
+    run: Run
+    start: int
+    places: tuple[int, ...]
+
+    @property
+    def begin(self) -> int:
+        return min(self.places)
+
+    def prefix(self, model: Model) -> KVCache:
+        """What was read before ``begin``."""
+        cache = model.new_cache(1)
+        if self.begin:
+            self._read(model, cache, (), 1, slice(0, self.begin))
+        return cache
+
+    def changed(self, model: Model, prefix: KVCache, edits: Sequence[Edit], cases: int) -> Tensor:
+        """Hidden states from ``begin`` on, (case, token, d_model), where row i has its edits alone."""
+        cache = prefix.select(torch.zeros(cases, dtype=torch.int64, device=model.device))
+        return self._read(model, cache, edits, cases, slice(self.begin, len(self.run)))
+
+    def _read(self, model: Model, cache: KVCache, edits: Sequence[Edit], cases: int, part: slice) -> Tensor:
+        taps = model.new_taps(Capture(), edits, [self.run.ids] * cases)
+        ids, positions = model.pad_left([self.run.ids] * cases)
+        hidden, _ = model.read(ids[:, part], positions[:, part], cache, taps, range(cases), last_only=False)
+        taps.finish()
+        return hidden
+
+    def values(self, model: Model, hidden: Tensor, metric: Metric | str) -> Tensor:
+        """The metric of hidden states from ``begin`` on, (case, token, d_model): (case,) float32."""
+        if isinstance(metric, Metric):
+            return metric.of(model, model.transformer.unembed(hidden[:, -1])).float()
+        ids = torch.tensor(self.run.ids[self.start:], device=model.device)
+        before = self.run.hidden[self.start - 1:self.begin]
+        after = hidden[:, max(0, self.start - 1 - self.begin):-1]
+        return torch.stack([-token_log_probs(model, torch.cat((before, states)), ids).mean() for states in after])
 
 
 def _received(run: Run, at: list[int], experts: int) -> np.ndarray:
