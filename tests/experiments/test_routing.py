@@ -229,12 +229,12 @@ def test_a_selective_knock_out_of_the_embedded_model(model) -> None:
     """As the model's own evaluation measures it: what sums can't do without, a capital hardly needs."""
     said = wb.where(role="assistant")
     problems = [draw_problem(Random(f"{cell}/0"), cell, "medium") for cell in ("addition, 3 digits", "capital")]
-    found = wb.expert_importance(model, [one.ids for one in problems], "loss", layers=0, experts=5, tokens=said,
+    found = wb.expert_importance(model, [one.ids for one in problems], "loss", layers=5, experts=13, tokens=said,
                                  completions=[one.turn.completion for one in problems])
-    edits = [wb.silence_experts(layer=0, experts=5, tokens=said)]
+    edits = [wb.silence_experts(layer=5, experts=13, tokens=said)]
     harm = completion_losses(model, problems, edits) - completion_losses(model, problems)
     np.testing.assert_allclose(found["harm"].values.ravel(), harm, atol=EMBEDDED_LOSS_F32)
-    assert harm[0] > 0.5 and harm[0] > 5 * abs(harm[1])
+    assert harm[0] > 0.3 and abs(harm[1]) < 0.05
 
 
 def test_importance_stops_and_goes_on(tiny, monkeypatch) -> None:
