@@ -198,7 +198,7 @@ def test_files_of_others_are_refused(tiny, tmp_path, folders) -> None:
 
 
 def test_a_tuned_lens_beats_the_logit_lens_on_text_it_never_saw(model) -> None:
-    """And not only there: it says Paris a layer or more before the logit lens does."""
+    """And at the end of a prompt it is near what the model says a layer or more before the logit lens is."""
     names = ["Italy", "Japan", "Peru", "Spain", "Kenya", "Norway", "Chile", "Egypt", "Cuba", "Poland", "Greece", "Iran"]
     forms = ("The capital of {} is", "What is the capital of {}?", "People in {} speak", "The currency of {} is the")
     lens = wb.tuned_lens(model, [form.format(name) for name in names for form in forms], steps=40)

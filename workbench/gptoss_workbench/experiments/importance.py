@@ -218,4 +218,4 @@ def _spearman(first: np.ndarray, second: np.ndarray) -> float:
              for values in (first, second)]
     if not (np.isfinite(first).all() and ranks[0].std() > 0 and ranks[1].std() > 0):
         return float("nan")
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])

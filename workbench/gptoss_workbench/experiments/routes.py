@@ -10,7 +10,7 @@ import numpy as np
 from gptoss_workbench.errors import ExperimentError
 from gptoss_workbench.experiments.parts import captured, columns
 from gptoss_workbench.hooks.selection import Indices
-from gptoss_workbench.model.run import Run, RunBatch, to_numpy
+from gptoss_workbench.model.run import Run, to_numpy
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def as_runs(runs: Run | Sequence[Run]) -> list[Run]:
     Raises:
         ExperimentError: it holds something else, or nothing.
     """
-    found = [runs] if isinstance(runs, Run) else list(runs) if isinstance(runs, Sequence | RunBatch) else [runs]
+    found: list[Run] = list(runs) if isinstance(runs, Sequence) else [runs]
     if not found or not all(isinstance(run, Run) for run in found):
         got = type(found[0]).__name__ if found else "nothing"
         raise ExperimentError("That is no run.", expected="a Run, or several", got=got)
