@@ -101,7 +101,8 @@ def expert_outputs(
     return torch.cat(outputs).index_select(0, back).view(*experts.shape, -1)
 
 
-def _matrices(weight: ExpertWeight, experts: list[int], dtype: torch.dtype) -> Sequence[Tensor]:
+def _matrices(weight: ExpertWeight, experts: list[int], dtype: torch.dtype) -> Tensor | list[Tensor]:
+    """Some experts' matrices, (out, in) each, one after the other."""
     return _decode(weight[experts], dtype) if isinstance(weight, Mxfp4Tensor) else [weight[e] for e in experts]
 
 

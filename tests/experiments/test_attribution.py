@@ -116,7 +116,8 @@ def test_the_check_is_exact_patching(tiny) -> None:
     places = wb.checked(found)
     assert (np.diff(abs(places["estimate"])) <= 0).all() and places["top"].sum() == 20
     top = places.isel(place=slice(20))
-    by_hand = np.corrcoef(*(np.argsort(np.argsort(top[name])) for name in ("estimate", "exact")))[0, 1]
+    ranks = [np.argsort(np.argsort(top[name])) for name in ("estimate", "exact")]
+    by_hand = np.corrcoef(ranks[0], ranks[1])[0, 1]
     assert found.attrs["rank_correlation"] == pytest.approx(by_hand)
     assert found.attrs["sign_agreement"] == pytest.approx(float((np.sign(top.estimate) == np.sign(top.exact)).mean()))
     assert found.attrs["largest_other"] == pytest.approx(float(abs(places["exact"][20:]).max()))

@@ -59,34 +59,30 @@ if TYPE_CHECKING:
     from gptoss_workbench.experiments.attributing import AttributionPlan
     from gptoss_workbench.experiments.attribution import attribution
     from gptoss_workbench.experiments.causal_tracing import causal_tracing
+    from gptoss_workbench.experiments.compare import compare_runs
     from gptoss_workbench.experiments.decided import decided_at
     from gptoss_workbench.experiments.decompose import decompose_residual, expert_contributions, head_contributions
     from gptoss_workbench.experiments.direct_attribution import direct_logit_attribution
     from gptoss_workbench.experiments.directions import contrast, effort_direction, refusal_direction
     from gptoss_workbench.experiments.dose import dose_response
-    from gptoss_workbench.experiments.compare import compare_runs
-    from gptoss_workbench.experiments.decided import decided_at
-    from gptoss_workbench.experiments.decompose import decompose_residual, expert_contributions, head_contributions
-    from gptoss_workbench.experiments.direct_attribution import direct_logit_attribution
     from gptoss_workbench.experiments.expert_profile import expert_profile
     from gptoss_workbench.experiments.gradients import gradients
     from gptoss_workbench.experiments.importance import expert_importance
     from gptoss_workbench.experiments.lens import logit_lens, next_tokens
-    from gptoss_workbench.experiments.metrics import Metric, kl_divergence, logit_diff, probability, rank
     from gptoss_workbench.experiments.lens_grid import LENS_SITES, lens_grid
-    from gptoss_workbench.experiments.metrics import Metric, logit_diff
+    from gptoss_workbench.experiments.metrics import Metric, kl_divergence, logit_diff, probability, rank
     from gptoss_workbench.experiments.parts import COMPONENT_SITES
     from gptoss_workbench.experiments.patching import patching
     from gptoss_workbench.experiments.path_patching import path_patching
     from gptoss_workbench.experiments.probes import probe
     from gptoss_workbench.experiments.quantities import TOKEN_QUANTITIES, token_quantity
+    from gptoss_workbench.experiments.routing import expert_coactivation, routing_stats
     from gptoss_workbench.experiments.sae import SAE
     from gptoss_workbench.experiments.sae_files import load_sae
     from gptoss_workbench.experiments.sweep import sweep
     from gptoss_workbench.experiments.sweeps.watch import ProgressLine
-    from gptoss_workbench.experiments.uncertainty import summarize
-    from gptoss_workbench.experiments.routing import expert_coactivation, routing_stats
     from gptoss_workbench.experiments.tuned_lens import TunedLens, tuned_lens, tuned_lens_kl
+    from gptoss_workbench.experiments.uncertainty import summarize
     from gptoss_workbench.experiments.usage import expert_usage
     from gptoss_workbench.harmony.conversation import chat
     from gptoss_workbench.hooks.attention import cut_attention, pin_attention, scale_sink

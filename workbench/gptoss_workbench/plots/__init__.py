@@ -12,12 +12,10 @@ from gptoss_workbench.plots.figures import (
 )
 from gptoss_workbench.plots.labels import plain, visible
 from gptoss_workbench.plots.places import place_heatmap
-
-__all__ = [
-    "agreement_scatter", "dose_curves", "layer_expert_heatmap", "layer_token_heatmap", "lens_table", "place_heatmap",
-    "plain", "probe_curves", "token_lines", "visible",
-]
 from gptoss_workbench.plots.routing import expert_label_heatmap, step_token_heatmap, use_harm_scatter
 
-__all__ = ["expert_label_heatmap", "layer_expert_heatmap", "layer_token_heatmap", "lens_table", "plain",
-           "step_token_heatmap", "token_lines", "use_harm_scatter", "visible"]
+__all__ = [
+    "agreement_scatter", "dose_curves", "expert_label_heatmap", "layer_expert_heatmap", "layer_token_heatmap",
+    "lens_table", "place_heatmap", "plain", "probe_curves", "step_token_heatmap", "token_lines", "use_harm_scatter",
+    "visible",
+]

@@ -67,6 +67,7 @@ def tile(typing: Any, count: Any, rows: Any, x: Any, out: Any, length: Any, out_
     number = count.literal_value
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        tiles.product(Emit(builder), *args[1:], number)
+        _, rows, x, out, length, out_step = args
+        tiles.product(Emit(builder), rows, x, out, length, out_step, number)
         return context.get_dummy_value()
     return types.void(count, *[types.int64] * 5), code
