@@ -56,6 +56,8 @@ def test_nothing_is_written_over(run, tmp_path: Path) -> None:
     with pytest.raises(WorkbenchError, match="something at this path"):
         run.to_zarr(kept)
     assert kept.read_text() == "mine"
+    with pytest.raises(WorkbenchError, match="could not be written"):
+        run.to_zarr(kept / "below_a_file.zarr")
     with pytest.raises(WorkbenchError, match="no saved data"):
         wb.open_data(tmp_path / "nowhere.zarr")
 

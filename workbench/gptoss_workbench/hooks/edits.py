@@ -260,11 +260,12 @@ def project(
 
 def _vectors(value: Any, most: int) -> Held:
     held = value_of(value, "vector")
+    sound = isinstance(held, Held) and bool(torch.isfinite(held.tensor).all())
     if not isinstance(held, Held) or not 1 <= held.tensor.dim() <= most or not held.tensor.is_floating_point() \
-            or not bool(torch.isfinite(held.tensor).all()):
-        shape = tuple(held.tensor.shape) if isinstance(held, Held) else repr(held)
+            or not sound:
+        got = f"{held}{'' if sound else ', not finite'}" if isinstance(held, Held) else repr(held)
         raise EditError("That is no direction.", expected=f"finite floats (d,){' or (direction, d)' * (most - 1)}",
-                        got=str(shape))
+                        got=got)
     return held
 
 

@@ -27,7 +27,7 @@ def save(data: xr.Dataset, path: str | Path) -> None:
         path: a folder that does not exist yet.
 
     Raises:
-        WorkbenchError: there is something at ``path``, or zarr is not installed.
+        WorkbenchError: there is something at ``path``, it can't be written to, or zarr is not installed.
     """
     _need_zarr()
     if Path(path).exists():
@@ -35,7 +35,11 @@ def save(data: xr.Dataset, path: str | Path) -> None:
                              hint="choose another name, or delete it first")
     plain = data.assign_coords({name: (coord.dims, _as_text(coord.values)) for name, coord in data.coords.items()
                                 if coord.dtype.kind == "O"})
-    plain.to_zarr(path, zarr_format=2, consolidated=True)
+    try:
+        plain.to_zarr(path, zarr_format=2, consolidated=True)
+    except OSError as error:
+        raise WorkbenchError("the data could not be written", expected="a place to write to", got=str(path),
+                             hint=str(error)[:200]) from error
 
 
 def open_data(path: str | Path) -> xr.Dataset:
