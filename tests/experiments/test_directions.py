@@ -153,6 +153,23 @@ def test_doses_stop_and_say_their_cost(tiny):
     assert np.isnan(found["mean"].sel(task="target", edit="steered", scale=2))
 
 
+def test_doses_go_on_where_they_were_stopped(tiny):
+    vector = wb.contrast(tiny, POSITIVE, NEGATIVE, tokens=-1).sel(layer=2)
+
+    def ask(scales=(1, 2), **how):
+        return wb.dose_response(tiny, vector, scales, POSITIVE, METRIC, controls=1, **how)
+
+    seen, plans = [], []
+    part = ask(on_progress=lambda *at: seen.append(at), should_stop=lambda: len(seen) == 2)
+    assert 0 < np.isnan(part["value"].values).sum() < part["value"].size
+    whole = ask()
+    xr.testing.assert_identical(ask(resume=part, on_plan=plans.append).drop_attrs(), whole.drop_attrs())
+    assert plans[0].passes == int(np.isnan(part["value"].values[:, :, 1:]).sum())
+    ask(resume=whole, on_plan=plans.append, on_progress=lambda *at: pytest.fail("nothing was left"))
+    with pytest.raises(ExperimentError, match="asked something else"):
+        ask(scales=(1, 3), resume=whole)
+
+
 def test_doses_refuse_what_is_no_direction(tiny):
     whole = wb.contrast(tiny, POSITIVE, NEGATIVE)
     with pytest.raises(ExperimentError, match="one layer"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from gptoss_workbench.errors import ExperimentError
 from gptoss_workbench.experiments.intervals import LEVEL, mean_interval
 from gptoss_workbench.experiments.metrics import Metric
 from gptoss_workbench.experiments.reading import Cost, Watch, batches
+from gptoss_workbench.experiments.sweeps.watch import identity
 from gptoss_workbench.hooks.edits import Edit, steer
 from gptoss_workbench.hooks.selection import Indices
 from gptoss_workbench.model.generation import Generation
@@ -41,7 +42,7 @@ class _Task:
 def dose_response(
     model: Model, what: xr.DataArray | EditOfScale, scales: Sequence[float], prompts: Sequence[Prompt],
     metric: Measure, *, side_tasks: Mapping[str, tuple[Sequence[Prompt], Measure]] | None = None,
-    tokens: Indices = None, controls: int = 0, max_tokens: int = 64, seed: int = 0,
+    tokens: Indices = None, controls: int = 0, max_tokens: int = 64, seed: int = 0, resume: xr.Dataset | None = None,
     on_plan: Callable[[Cost], object] | None = None, on_progress: Callable[[int, int], object] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> xr.Dataset:
@@ -62,7 +63,8 @@ def dose_response(
         controls: how many random directions of the same length are tried beside the direction.
         max_tokens: of an answer.
         seed: of the random directions and of the bootstrap.
-        on_plan: told the ``Cost`` before anything runs.
+        resume: an earlier result of the same question, stopped or not: only what is NaN in it is measured.
+        on_plan: told the ``Cost`` of what is left before anything runs.
         on_progress: told (prompts done, prompts in all, over all scales).
         should_stop: asked before each batch; True ends early and leaves NaN where nothing was measured.
 
@@ -73,7 +75,8 @@ def dose_response(
         the same of each prompt's difference from scale 0.
 
     Raises:
-        ExperimentError: nothing to run, ``what`` is neither a direction nor a function, or ``controls`` without one.
+        ExperimentError: nothing to run, ``what`` is neither a direction nor a function, ``controls`` without one, or
+            ``resume`` of another question.
         EditNeverFired: an edit's place never came by, e.g. ``tokens=`` that a prompt has not.
 
     Pitfalls: large scales break the model, and broken text can count as an effect, so watch the side tasks, and read
@@ -85,33 +88,35 @@ def dose_response(
     edits = _edits(what, tokens, controls, seed)
     watch = Watch(on_plan, on_progress, should_stop)
     longest = max(len(task.rows) for task in tasks)
-    values = np.full((len(edits), len(tasks), len(doses), longest), np.nan)
+    question = identity(model, doses, [_as_list(edit(dose)) for edit in edits.values() for dose in doses if dose],
+                        [(task.name, task.rows, _name(task.measure)) for task in tasks], max_tokens)
+    values = _begun(resume, question, (len(edits), len(tasks), len(doses), longest))
     zero = doses.index(0.0)
-    total = sum(len(task.rows) for task in tasks) * (1 + len(edits) * (len(doses) - 1))
-    if on_plan is not None:
-        on_plan(_cost(tasks, 1 + len(edits) * (len(doses) - 1), max_tokens))
-    done = 0
     order = sorted(range(len(doses)), key=lambda at: (at != zero, at))  # first what all is measured against
-    for at in order:
-        for number, edit in enumerate(edits.values()):
-            if at == zero and number:
-                values[number, :, zero] = values[0, :, zero]
-                continue
-            some = () if at == zero else edit(doses[at])
-            for index, task in enumerate(tasks):
-                for batch, found in _measured(model, task, some, max_tokens, watch):
-                    values[number, index, at, batch] = found
-                    done += len(batch)
-                    watch.done(done, total)
+    passes = [(at, number, index, batch) for at in order for number in range(1 if at == zero else len(edits))
+              for index, task in enumerate(tasks) for batch in batches(task.rows)]
+    left = [one for one in passes if np.isnan(values[one[1], one[2], one[0], one[3]]).any()]
+    if on_plan is not None:
+        on_plan(_cost(tasks, left, max_tokens))
+    total = sum(len(batch) for *_, batch in passes)
+    done = total - sum(len(batch) for *_, batch in left)
+    for at, number, index, batch in left:
+        if watch.stopped():
+            break
+        some = () if at == zero else [*edits.values()][number](doses[at])
+        values[number, index, at, batch] = _measured(model, tasks[index], batch, some, max_tokens)
+        done += len(batch)
+        watch.done(done, total)
+    values[1:, :, zero] = values[0, :, zero]
     return _dataset(model, values, [*edits], tasks, doses, seed, dict(
         what=repr(what.attrs.get("method", what.name)) if isinstance(what, xr.DataArray) else _name(what),
         example=[repr(edit) for edit in _as_list(edits[STEERED](1.0))], metric=_name(metric), controls=controls,
-        seed=seed, max_tokens=max_tokens, prompts={task.name: task.rows for task in tasks}))
+        seed=seed, max_tokens=max_tokens, prompts={task.name: task.rows for task in tasks}), question)
 
 
 def _dataset(
     model: Model, values: np.ndarray, edits: list[str], tasks: list[_Task], doses: list[float], seed: int,
-    arguments: dict[str, Any],
+    arguments: dict[str, Any], question: str,
 ) -> xr.Dataset:
     apart = values - values[:, :, [doses.index(0.0)]]
     parts: dict[str, Any] = {"value": (("edit", "task", "scale", "prompt"), values)}
@@ -123,7 +128,7 @@ def _dataset(
         parts, coords={"edit": edits, "task": [task.name for task in tasks], "scale": doses,
                        "metric": ("task", [_name(task.measure) for task in tasks]),
                        "count": ("task", [len(task.rows) for task in tasks])},
-        attrs={"level": LEVEL, "model": model.name,
+        attrs={"level": LEVEL, "model": model.name, "question": question,
                "provenance": with_method(model.provenance, "dose_response", scales=doses, **arguments)},
     )
 
@@ -177,20 +182,27 @@ def _as_list(edits: Edit | Sequence[Edit]) -> list[Edit]:
     return [edits] if isinstance(edits, Edit) else list(edits)
 
 
+def _begun(resume: xr.Dataset | None, question: str, shape: tuple[int, ...]) -> np.ndarray:
+    """(edit, task, scale, prompt), NaN where nothing was measured yet."""
+    if resume is None:
+        return np.full(shape, np.nan)
+    if resume.attrs.get("question") != question:
+        raise ExperimentError("That result can't be resumed here: it was asked something else.",
+                              expected="the same model, edits, scales, prompts and measures",
+                              got=f"question {resume.attrs.get('question')}, not {question}")
+    return np.array(resume["value"].values)
+
+
 def _measured(
-    model: Model, task: _Task, edits: Edit | Sequence[Edit], max_tokens: int, watch: Watch,
-) -> Iterator[tuple[range, np.ndarray]]:
-    """The value of each prompt, batch by batch, until somebody stops."""
-    for batch in batches(task.rows):
-        if watch.stopped():
-            return
-        rows = [task.rows[number] for number in batch]
-        if isinstance(task.measure, Metric):
-            logits = _last_logits(model, rows, _as_list(edits))
-            yield batch, task.measure.of(model, logits).float().cpu().numpy()
-        else:
-            answers = model.generate(rows, edits=_as_list(edits), max_tokens=max_tokens)
-            yield batch, np.array([float(task.measure(answer.finish())) for answer in answers])
+    model: Model, task: _Task, batch: range, edits: Edit | Sequence[Edit], max_tokens: int,
+) -> np.ndarray:
+    """The value of each prompt of a batch."""
+    rows = [task.rows[number] for number in batch]
+    if isinstance(task.measure, Metric):
+        logits = _last_logits(model, rows, _as_list(edits))
+        return task.measure.of(model, logits).float().cpu().numpy()
+    answers = model.generate(rows, edits=_as_list(edits), max_tokens=max_tokens)
+    return np.array([float(task.measure(answer.finish())) for answer in answers])
 
 
 def _last_logits(model: Model, rows: Sequence[Sequence[int]], edits: Sequence[Edit]) -> Tensor:
@@ -200,11 +212,10 @@ def _last_logits(model: Model, rows: Sequence[Sequence[int]], edits: Sequence[Ed
     return model.transformer.unembed(torch.stack([run.hidden[-1] for run in runs]))
 
 
-def _cost(tasks: Sequence[_Task], times: int, max_tokens: int) -> Cost:
-    passes = sum(len(task.rows) for task in tasks)
-    answered = sum(len(task.rows) for task in tasks if not isinstance(task.measure, Metric))
-    return Cost(passes * times, times * sum(len(row) for task in tasks for row in task.rows),
-                generated=answered * max_tokens * times)
+def _cost(tasks: Sequence[_Task], left: Sequence[tuple[int, int, int, range]], max_tokens: int) -> Cost:
+    rows = [(tasks[index], tasks[index].rows[number]) for _, _, index, batch in left for number in batch]
+    answered = sum(not isinstance(task.measure, Metric) for task, _ in rows)
+    return Cost(len(rows), sum(len(row) for _, row in rows), generated=answered * max_tokens)
 
 
 def _name(measure: object) -> str:
