@@ -185,8 +185,9 @@ class Session(RuleBasedStateMachine):
             del self.generations[number]
             return
         steps = [step.token for step in gen.steps]
-        assert len(run.hidden) == len(run.positions) == max(0, len(gen.prompt) + len(steps) - (len(steps) > 0)) or (
-            len(run.hidden) == len(gen.prompt) + len(steps))
+        whole = len(gen.prompt) + len(steps)
+        assert len(run.hidden) == len(run.positions)
+        assert len(run.hidden) in ((whole - 1, whole) if steps else (0, whole))  # each step is read whole or not at all
         data_of = run.data
         assert all(sizes == len(run.positions) for dim, sizes in data_of.sizes.items() if dim in ("token", "query"))
         try:
