@@ -17,7 +17,7 @@ PIP_INSTALL := $(PY) -m pip install -qq --progress-bar off -c constraints.txt
 help:
 	@echo "make lab        open JupyterLab on $(NOTEBOOK)   (LAB_ARGS=... is passed on)"
 	@echo "make test       everything: unit, notebook and browser tests   (TEST_ARGS=... is passed to pytest)"
-	@echo "make test-long  sessions of edits, interrupts and failures, 500 of 30 steps (hours)"
+	@echo "make test-long  sessions of edits, interrupts and failures, 500 of 30 steps (a quarter of an hour)"
 	@echo "make parity     compare every site and layer with transformers, and write the table"
 	@echo "make fuzz       load 10,000 damaged checkpoints, and count what becomes of them"
 	@echo "make truth      ask every method about models whose circuits are known, and about models with none"
