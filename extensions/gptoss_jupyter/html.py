@@ -83,7 +83,7 @@ def _strip(state: dict[str, Any]) -> Markup:
             extra = ";outline:2px solid currentColor" if i == state["selected"] else ""
             if math.isfinite(value):
                 rgb = table[int(np.clip(value / state["high"], 0, 1) * 255)]
-                tokens.append(_TOKEN.format(tip=f"token {i}: {value:.3g} {state['unit']}", text=shown, extra=extra,
+                tokens.append(_TOKEN.format(tip=f"token {i}: {value:z.3g} {state['unit']}", text=shown, extra=extra,
                                             back="rgb({},{},{})".format(*map(int, rgb)), ink=colour.ink(rgb)))
             else:
                 tokens.append(_PLAIN.format(tip=f"token {i}: not measured", text=shown, extra=extra))

@@ -102,7 +102,7 @@ class PatchPanel:
             place = best.argmax(...)
             layer, token = int(place["layer"]), int(place["token"])
             text = visible(str(result["text"].values[token]), 24)
-            parts.append(f"Strongest: layer {layer}, token {token} “{text}”, {float(result[layer, token]):.2f}.")
+            parts.append(f"Strongest: layer {layer}, token {token} “{text}”, {float(result[layer, token]):z.2f}.")
         if bool(result.isnull().any()):
             parts.append("Stopped by you: the empty cells were not measured.")
         answer, other = visible(self.answer.value, 16), visible(self.other.value, 16)

@@ -72,12 +72,12 @@ def test_a_frozen_router_leaves_out_what_goes_through_it(near) -> None:
                     for router in ("live", "frozen"))
     assert off(frozen, live) > 5 * FINITE_DIFFERENCE
     clean, corrupt = (near.run(ids, capture=["resid_pre", "router"]) for ids in (CLEAN, CORRUPT))
-    step = (clean.tensor("resid_pre", 1)[2] - corrupt.tensor("resid_pre", 1)[2])[None]
+    step = (clean.tensor("resid_pre", 0)[2] - corrupt.tensor("resid_pre", 0)[2])[None]
     held = [wb.replay_routes(corrupt), wb.patch("router.weights", corrupt)]
     for estimate, edits in ((live, []), (frozen, held)):
-        ends = [value(near.run(CORRUPT, edits=[*edits, wb.add("resid_pre", size * step, layer=1, tokens=2)]))
+        ends = [value(near.run(CORRUPT, edits=[*edits, wb.add("resid_pre", size * step, layer=0, tokens=2)]))
                 for size in (-3.0, 3.0)]
-        assert (ends[1] - ends[0]) / 6 == pytest.approx(float(estimate.sel(layer=1, token=2)), rel=FINITE_DIFFERENCE)
+        assert (ends[1] - ends[0]) / 6 == pytest.approx(float(estimate.sel(layer=0, token=2)), rel=FINITE_DIFFERENCE)
     last = [wb.attribution(near, CLEAN, CORRUPT, site="mlp.out", layers=3, router=router, **NO_CHECK)["estimate"].values
             for router in ("live", "frozen")]
     np.testing.assert_array_equal(*last)  # nothing is routed after it

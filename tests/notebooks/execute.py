@@ -32,6 +32,7 @@ METADATA = {
 UNWANTED = {
     "an absolute path": re.compile(r"(?<![\w./:<])/(?:home|root|opt|usr|tmp|work|mnt|srv|var|Users)/\w"),
     "a memory address": re.compile(r"\b0x[0-9a-f]{6,}\b"),
+    "a zero with a sign, which rounding turns": re.compile(r"-0\.?0*(?![\d.])"),
     "a time of day": re.compile(r"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d"),
 }
 
