@@ -23,8 +23,8 @@ PAIRS, DIGITS, FLOATS, DENSE_FLOATS = 0, 1, 2, 20
 FIELDS = 20
 """As in ``tasks``."""
 
-ITEM_BYTES = 1 << 17
-"""Bytes of weights that a thread takes at a time: small beside a matrix, large beside the cost of taking."""
+ITEM_BYTES = 1 << 20
+"""Bytes of weights that a thread takes at a time, at most: it reads them in four streams, which should be far apart."""
 
 TILE_TOKENS = 16
 """As in ``tiles``."""
@@ -60,9 +60,10 @@ def run(task: int, items: int, *fields: int) -> None:
     team.run(task, told.buffer_info()[0], items)
 
 
-def stretch(row_bytes: int) -> int:
-    """Rows a thread takes at a time."""
-    return max(1, ITEM_BYTES // row_bytes)
+def stretch(row_bytes: int, height: int) -> int:
+    """Rows that a thread takes at a time: few enough that all threads get some turns."""
+    several = -(-height // (4 * torch.get_num_threads()))
+    return max(1, min(ITEM_BYTES // row_bytes, several))
 
 
 def prepare(x: Tensor, way: int) -> Tensor:
@@ -90,7 +91,7 @@ def expert_rows(x: Tensor, groups: Sequence[int], jobs: Sequence[int], weight: M
     """
     height, width = weight.scales.shape[1:]
     ready = prepare(x, way)
-    per_item = stretch(width * 17)
+    per_item = stretch(width * 17, height)
     count = len(groups) // 3
     groups_told, jobs_told = array("q", groups), array("q", jobs)
     run(task("mxfp4_rows", way), count * -(-height // per_item), weight.blocks.data_ptr(), weight.scales.data_ptr(),
@@ -141,7 +142,7 @@ def dense_rows(x: Tensor, weight: Tensor, bias: Tensor | None, way: int) -> Tens
     height, length = weight.shape
     ready = x if way == PAIRS else prepare(x, way)
     out = torch.empty(len(x), height, dtype=torch.bfloat16)
-    per_item = stretch(length * 2)
+    per_item = stretch(length * 2, height)
     run(task("dense_rows", way), -(-height // per_item), weight.data_ptr(), ready.data_ptr(),
         0 if bias is None else bias.data_ptr(), out.data_ptr(), height, length // BLOCK, ready.stride(0) *
         ready.itemsize, per_item, len(x))
@@ -153,6 +154,6 @@ def unpack(weight: Mxfp4Tensor, out: Tensor, way: int) -> None:
     height, width = weight.scales.shape
     wide = out.dtype == torch.float32
     table = {PAIRS: tables.words, DIGITS: tables.halves, FLOATS: tables.powers}[way]()
-    per_item = stretch(width * BLOCK * out.itemsize)
+    per_item = stretch(width * BLOCK * out.itemsize, height)
     run(task("mxfp4_scratch", way + 10 * wide), -(-height // per_item), weight.blocks.data_ptr(),
         weight.scales.data_ptr(), out.data_ptr(), table.data_ptr(), height, width, per_item, out.itemsize)

@@ -30,6 +30,10 @@ class BFloat(ir.types.Type):
 BF16 = BFloat()
 
 
+Rows = Sequence[tuple[Any, Any]]
+"""Addresses of the blocks and of the scale bytes of the packed rows that are read at the same time."""
+
+
 def vector(of: ir.Type, lanes: int) -> ir.VectorType:
     return ir.VectorType(of, lanes)
 
@@ -124,16 +128,23 @@ class Emit:
         b.position_at_end(done)
         return list(values)
 
-    def sums(self, count: Any, zero: Any, ways: int, add: Callable[[Any, Any], Any]) -> Any:
-        """add(i, total) over i < count, in ``ways`` totals that do not wait for each other, summed at the end."""
-        rounds = self.b.and_(count, self.number(-ways)) if ways & (ways - 1) == 0 else \
-            self.b.mul(self.b.sdiv(count, self.number(ways)), self.number(ways))
+    def again(self, address: Any) -> Any:
+        """The same address, which the compiler takes for another: what lies there is loaded again, by the instruction
+        that needs it, instead of being kept in registers that are not there."""
+        code = ir.InlineAsm(ir.FunctionType(I64, [I64]), "", "=r,0", side_effect=False)
+        return self.b.call(code, [address])
 
-        def several(i: Any, totals: list[Any]) -> list[Any]:
-            return [add(self.after(i, way), total) for way, total in enumerate(totals)]
-
-        totals = self.loop(self.number(0), rounds, ways, [zero] * ways, several)
-        first = self.loop(rounds, count, 1, totals[:1], lambda i, t: [add(i, t[0])])[0]
-        for total in totals[1:]:
-            first = self.b.fadd(first, total)
-        return first
+    def either(self, condition: Any, yes: Callable[[], list[Any]], no: Callable[[], list[Any]]) -> list[Any]:
+        """The values that one of two pieces of code gives; the other one is jumped over."""
+        b = self.b
+        given: list[tuple[Any, list[Any]]] = []
+        with b.if_else(condition) as sides:
+            for side, code in zip(sides, (yes, no)):
+                with side:
+                    values = code()
+                    given.append((b.block, values))
+        found = [b.phi(value.type) for value in given[0][1]]
+        for block, values in given:
+            for phi, value in zip(found, values):
+                phi.add_incoming(value, block)
+        return found

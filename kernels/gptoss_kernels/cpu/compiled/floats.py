@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gptoss_kernels.cpu.compiled.emit import F32, I8, I32, I64, Emit, vector
+from gptoss_kernels.cpu.compiled.emit import F32, I8, I32, I64, Emit, Rows, vector
 
 BLOCK = 128
 """Bytes of prepared activations for one block: 16 even ones, then 16 odd ones, float32."""
@@ -26,18 +26,22 @@ def doubled(e: Emit, codes: Any) -> Any:
     return b.sitofp(b.sext(value, vector(I32, kind.count)), vector(F32, kind.count))
 
 
-def dot(e: Emit, blocks: Any, scales: Any, x: Any, powers: Any, count: Any) -> Any:
-    """Addresses of one row's blocks and scale bytes, of prepared activations and of the table of powers -> float32."""
+def dot(e: Emit, rows: Rows, x: Any, powers: Any, count: Any) -> list[Any]:
+    """Addresses of rows' blocks and scale bytes, of prepared activations and of the table of powers -> a float32 each.
+    """
     b = e.b
     bytes16, floats = vector(I8, 16), vector(F32, 16)
 
-    def one(i: Any, total: Any) -> Any:
-        codes, activations = e.load(bytes16, e.at(blocks, i, 16)), e.at(x, i, BLOCK)
-        low = doubled(e, b.and_(codes, e.fill(bytes16, 15)))
-        high = doubled(e, b.lshr(codes, e.fill(bytes16, 4)))
-        sums = b.fmul(low, e.load(floats, activations))
-        sums = e.fma(high, e.load(floats, e.after(activations, 64)), sums)
-        scale = b.zext(e.load(I8, b.add(scales, i)), I64)
-        return e.fma(sums, e.splat(e.load(F32, e.at(powers, scale, 16)), 16), total)
+    def step(i: Any, totals: list[Any]) -> list[Any]:
+        activations = e.at(x, i, BLOCK)
+        evens, odds = e.load(floats, activations), e.load(floats, e.after(activations, 64))
+        found = []
+        for (blocks, scales), total in zip(rows, totals):
+            codes = e.load(bytes16, e.at(blocks, i, 16))
+            sums = b.fmul(doubled(e, b.and_(codes, e.fill(bytes16, 15))), evens)
+            sums = e.fma(doubled(e, b.lshr(codes, e.fill(bytes16, 4))), odds, sums)
+            scale = b.zext(e.load(I8, b.add(scales, i)), I64)
+            found.append(e.fma(sums, e.splat(e.load(F32, e.at(powers, scale, 16)), 16), total))
+        return found
 
-    return e.total(e.sums(count, e.fill(floats, 0.0), 2, one))
+    return [e.total(total) for total in e.loop(e.number(0), count, 1, [e.fill(floats, 0.0)] * len(rows), step)]

@@ -31,23 +31,46 @@ UNPACK: Mapping[int, Callable[..., Any]] = {
 
 
 @intrinsic(prefer_literal=True)
-def mxfp4_dot(typing: Any, way: Any, blocks: Any, scales: Any, x: Any, powers: Any, count: Any) -> Any:
-    """Addresses of a row's blocks and scale bytes, of prepared activations, of the powers; blocks in it -> float32."""
-    emit = PRODUCTS[way.literal_value]
+def mxfp4_dots(typing: Any, way: Any, number: Any, blocks: Any, scales: Any, apart: Any, x: Any, powers: Any,
+               count: Any) -> Any:
+    """Products of a literal number of packed rows with one vector -> that many float32.
+
+    Args:
+        blocks, scales: addresses of the first row's blocks and scale bytes.
+        apart: how many rows on the next one is.
+        x, powers: addresses of prepared activations and of the powers.
+        count: blocks in a row.
+    """
+    emit, rows = PRODUCTS[way.literal_value], number.literal_value
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return emit(Emit(builder), *args[1:])
-    return types.float32(way, *[types.int64] * 5), code
+        _, _, blocks, scales, apart, x, powers, count = args
+        e = Emit(builder)
+        step = builder.mul(apart, count)
+        places = [(e.at(blocks, builder.mul(step, e.number(row)), 16), e.at(scales, step, row)) for row in range(rows)]
+        return context.make_tuple(builder, signature.return_type, emit(e, places, x, powers, count))
+    return types.UniTuple(types.float32, rows)(way, number, *[types.int64] * 6), code
 
 
 @intrinsic(prefer_literal=True)
-def dense_dot(typing: Any, way: Any, row: Any, x: Any, steps: Any) -> Any:
-    """Addresses of a bfloat16 row and of prepared activations; their length / 32 -> float32."""
-    emit = DENSE[way.literal_value]
+def dense_dots(typing: Any, way: Any, number: Any, row: Any, apart: Any, x: Any, steps: Any) -> Any:
+    """Products of a literal number of bfloat16 rows with one vector -> that many float32.
+
+    Args:
+        row: address of the first row.
+        apart: how many rows on the next one is.
+        x: address of prepared activations.
+        steps: their length / 32.
+    """
+    emit, rows = DENSE[way.literal_value], number.literal_value
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return emit(Emit(builder), *args[1:])
-    return types.float32(way, *[types.int64] * 3), code
+        _, _, row, apart, x, steps = args
+        e = Emit(builder)
+        step = builder.mul(apart, steps)
+        places = [e.at(row, step, 64 * which) for which in range(rows)]
+        return context.make_tuple(builder, signature.return_type, emit(e, places, x, steps))
+    return types.UniTuple(types.float32, rows)(way, number, *[types.int64] * 4), code
 
 
 @intrinsic(prefer_literal=True)

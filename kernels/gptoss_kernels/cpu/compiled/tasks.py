@@ -19,6 +19,11 @@ from gptoss_kernels.cpu.compiled.machine import address, bits_of, float_of, take
 carray: Any = numba.carray  # type: ignore[attr-defined]
 
 FIELDS = 20
+
+STREAMS = 4
+"""Rows that are read at the same time, each a quarter of a thread's stretch from the next. One thread reads memory at
+17 GB/s in one stream and at 24 in four that are far apart (Zen 3): each stream is fetched ahead for itself."""
+
 SIGNATURE = types.void(types.voidptr)
 
 
@@ -56,17 +61,38 @@ def mxfp4_rows(way: int, keep: bool) -> Any:
                 return
             g, start = item // stretches, item % stretches * per_item
             expert, first, last = group[g, 0], group[g, 1], group[g, 2]
-            for row in range(start, min(start + per_item, height)):
+            stop = min(start + per_item, height)
+            apart = (stop - start) // STREAMS
+            row = start
+            while row < stop:
                 place = expert * height + row
+                here, scale = blocks + place * width * 16, scales + place * width
                 for j in range(first, last):
-                    product = rows.mxfp4_dot(way, blocks + place * width * 16, scales + place * width,
-                                             x + job[j, 0] * step, powers, width)
-                    target = job[j, 1] * height + row
-                    if wide:
-                        out32[target] = product + bias32[place]
+                    activations, target = x + job[j, 0] * step, job[j, 1] * height + row
+                    if row < start + apart:
+                        several = rows.mxfp4_dots(way, STREAMS, here, scale, apart, activations, powers, width)
+                        for i in range(STREAMS):
+                            put(several[i], wide, bias32, bias16, place + i * apart, out32, out16, target + i * apart)
                     else:
-                        out16[target] = rounded(widened(rounded(product)) + widened(bias16[place]))
+                        alone = rows.mxfp4_dots(way, 1, here, scale, 0, activations, powers, width)
+                        put(alone[0], wide, bias32, bias16, place, out32, out16, target)
+                row = following(row, start, apart)
     return task
+
+
+@numba.njit(inline="always")
+def following(row, start, apart):
+    """The row after this one: those of the other streams are done when the first stream ends."""
+    return row + 1 if row + 1 != start + apart else start + STREAMS * apart
+
+
+@numba.njit(inline="always")
+def put(product, wide, bias32, bias16, place, out32, out16, target):
+    """A product plus its bias where it belongs. In bfloat16 the product is rounded, then the sum is."""
+    if wide:
+        out32[target] = product + bias32[place]
+    else:
+        out16[target] = rounded(widened(rounded(product)) + widened(bias16[place]))
 
 
 def dense_rows(way: int, keep: bool) -> Any:
@@ -82,12 +108,21 @@ def dense_rows(way: int, keep: bool) -> Any:
             start = take(counter) * per_item
             if start >= height:
                 return
-            for row in range(start, min(start + per_item, height)):
+            stop = min(start + per_item, height)
+            apart = (stop - start) // STREAMS
+            row = start
+            while row < stop:
                 for j in range(vectors):
-                    product = rows.dense_dot(way, matrix + row * steps * 64, x + j * step, steps)
-                    if bias_at:
-                        product += widened(bias[row])
-                    out[j * height + row] = rounded(product)
+                    if row < start + apart:
+                        several = rows.dense_dots(way, STREAMS, matrix + row * steps * 64, apart, x + j * step, steps)
+                        for i in range(STREAMS):
+                            added = widened(bias[row + i * apart]) if bias_at else np.float32(0.0)
+                            out[j * height + row + i * apart] = rounded(several[i] + added)
+                    else:
+                        alone = rows.dense_dots(way, 1, matrix + row * steps * 64, 0, x + j * step, steps)
+                        added = widened(bias[row]) if bias_at else np.float32(0.0)
+                        out[j * height + row] = rounded(alone[0] + added)
+                row = following(row, start, apart)
     return task
 
 
