@@ -17,20 +17,16 @@ import torch
 from gptoss_kernels.cpu.attend import attention, attention_scores, attention_shown, attention_values
 from gptoss_kernels.cpu.choice import describe, forced, outlook
 from gptoss_kernels.cpu.fused import expert_mixture, project_qkv
+from gptoss_kernels.cpu.small import add_norm, apply_rope, combine_experts, rms_norm, swiglu
 from gptoss_kernels.cpu.weights import DTYPES, expert_linear, linear
 from gptoss_kernels.reference import (
-    add_norm,
-    apply_rope,
     choose_experts,
-    combine_experts,
     expert_weights,
-    rms_norm,
     rope_tables,
     route,
     softmax_with_sink,
     split_gate_up,
     store_kv,
-    swiglu,
     visible_keys,
     yarn_frequencies,
 )

@@ -1,12 +1,18 @@
-"""Attention as in ``reference``, with products that are fast on every processor."""
+"""Attention as in ``reference``, with products that are fast on every processor.
+
+One query in each row, as in decoding, goes through compiled tasks: torch's products of so few numbers cost more in
+calls, and in threads that wait for each other, than in sums.
+"""
 
 from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from gptoss_kernels.cpu.matmul import matmul
+from gptoss_kernels.cpu.small import bits, run, suits, wide
 from gptoss_kernels.reference import softmax_with_sink, visible_keys
 
 
@@ -14,6 +20,11 @@ def attention_scores(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
     """As ``reference.attention_scores``."""
     b, t, heads, size = q.shape
     groups = heads // k.shape[2]
+    if t == 1 and visible.shape == (b, 1, k.shape[1]) and _suits(q, k):
+        q, visible, out = q.contiguous(), visible.contiguous(), torch.empty(b, heads, 1, k.shape[1], dtype=q.dtype)
+        run("scored", b * k.shape[2], q.data_ptr(), k.data_ptr(), visible.data_ptr(), out.data_ptr(), k.shape[2],
+            groups, size, k.shape[1], wide(q), *k.stride()[:2], bits(size**-0.5))
+        return out
     q = q.view(b, t, k.shape[2], groups, size).permute(0, 2, 3, 1, 4).reshape(b, k.shape[2], groups * t, size)
     scores = matmul(q, k.permute(0, 2, 3, 1)) * size**-0.5
     return scores.view(b, heads, t, -1).masked_fill(~visible[:, None], -math.inf)
@@ -23,6 +34,11 @@ def attention_values(pattern: Tensor, v: Tensor) -> Tensor:
     """As ``reference.attention_values``."""
     b, heads, t, _ = pattern.shape
     kv_heads = v.shape[2]
+    if t == 1 and pattern.shape[3] == v.shape[1] + 1 and _suits(pattern, v):
+        pattern, out = pattern.contiguous(), torch.empty(b, 1, heads, v.shape[3], dtype=v.dtype)
+        run("mixed", b * kv_heads, pattern.data_ptr(), v.data_ptr(), out.data_ptr(), kv_heads, heads // kv_heads,
+            v.shape[3], v.shape[1], wide(v), *v.stride()[:2])
+        return out
     weights = pattern[..., :-1].reshape(b, kv_heads, heads // kv_heads * t, -1)
     return matmul(weights, v.transpose(1, 2)).view(b, heads, t, -1).transpose(1, 2)
 
@@ -41,3 +57,9 @@ def attention(
 ) -> Tensor:
     """As ``reference.attention``."""
     return attention_shown(q, k, v, sinks, positions, key_positions, window)[0]
+
+
+def _suits(small: Tensor, cached: Tensor) -> bool:
+    """Whether the tasks can take it: the heads of a key or value lie together, wherever the cache has its rows."""
+    return (suits(small, cached) and cached.numel() > 0 and len(small) == len(cached)
+            and cached.stride()[2:] == (cached.shape[3], 1))

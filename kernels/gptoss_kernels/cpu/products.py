@@ -37,7 +37,7 @@ _compiling = threading.Lock()
 
 @cache
 def task(kind: str, way: int) -> int:
-    """The address of a compiled task of ``gptoss_kernels.cpu.compiled.tasks``."""
+    """The address of a compiled task of ``tasks``, ``small`` or ``looks`` in ``gptoss_kernels.cpu.compiled``."""
     with _compiling:
         return _keep(kind, way).address
 
@@ -46,9 +46,9 @@ _kept: list[Any] = []
 
 
 def _keep(kind: str, way: int) -> Any:
-    from gptoss_kernels.cpu.compiled import tasks
+    from gptoss_kernels.cpu.compiled import looks, small, tasks
 
-    make: Callable[[int, bool], Any] = getattr(tasks, kind)
+    make: Callable[[int, bool], Any] = next(getattr(one, kind) for one in (tasks, small, looks) if hasattr(one, kind))
     with codecache.keeping() as keep:
         _kept.append(make(way, keep))
     return _kept[-1]
@@ -140,12 +140,10 @@ def _tiles(panels: Tensor, groups: Sequence[int], way: int, rows: int, scales: i
 def dense_rows(x: Tensor, weight: Tensor, bias: Tensor | None, way: int) -> Tensor:
     """x (M, K) times a bfloat16 matrix (R, K), plus bias (R,) -> (M, R); summed in float32, rounded once at the end."""
     height, length = weight.shape
-    ready = x if way == PAIRS else prepare(x, way)
     out = torch.empty(len(x), height, dtype=torch.bfloat16)
     per_item = stretch(length * 2, height)
-    run(task("dense_rows", way), -(-height // per_item), weight.data_ptr(), ready.data_ptr(),
-        0 if bias is None else bias.data_ptr(), out.data_ptr(), height, length // BLOCK, ready.stride(0) *
-        ready.itemsize, per_item, len(x))
+    run(task("dense_rows", way), -(-height // per_item), weight.data_ptr(), x.data_ptr(),
+        0 if bias is None else bias.data_ptr(), out.data_ptr(), height, length // BLOCK, length * 2, per_item, len(x))
     return out
 
 

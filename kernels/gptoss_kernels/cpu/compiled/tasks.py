@@ -96,14 +96,26 @@ def put(product, wide, bias32, bias16, place, out32, out16, target):
 
 
 def dense_rows(way: int, keep: bool) -> Any:
-    """Products of prepared activations with all rows of a bfloat16 matrix, plus bias. See ``products.dense_rows``."""
+    """Products of activations with all rows of a bfloat16 matrix, plus bias. See ``products.dense_rows``.
+
+    What reads float32 wants it in the order of ``prepare.as_floats``.
+    """
+    widening = way == rows.FLOATS
+
     @numba.cfunc(SIGNATURE, cache=keep)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
         matrix, x, bias_at, out_at = a[2], a[3], a[4], a[5]
         height, steps, step, per_item, vectors = a[6], a[7], a[8], a[9], a[10]
         bias, out = carray(address(bias_at), (1,), np.uint16), carray(address(out_at), (1,), np.uint16)
-        counter = at_number(a)
+        counter, length = at_number(a), steps * 32
+        own = np.empty(vectors * length if widening else 1, np.float32)
+        if widening:  # each thread for itself: sooner done than handed round
+            given = carray(address(x), (vectors * length,), np.uint16)
+            for i in range(0, vectors * length, 2):
+                place = i // 32 * 32 + i % 32 // 2
+                own[place], own[place + 16] = widened(given[i]), widened(given[i + 1])
+            x, step = at_number(own), length * 4
         while True:
             start = take(counter) * per_item
             if start >= height:

@@ -1,0 +1,93 @@
+"""Attention of one query in each row, as in decoding: scores of its keys, and values by its pattern.
+
+An item is one key/value head of one row: its keys are read once for all the query heads that share them. The sums are
+float32, rounded once, as ``reference`` has it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from gptoss_kernels.cpu.compiled.machine import address, float_of, take
+from gptoss_kernels.cpu.compiled.small import as_float, once, store
+from gptoss_kernels.cpu.compiled.tasks import FIELDS, SIGNATURE, at_number, carray
+
+REORDER = {"reassoc", "contract"}
+"""What the compiler may do to a sum, so that it runs in vectors: the order is then the same in every run."""
+
+
+def scored(_: int, keep: bool) -> Any:
+    """Scores of one query for each key. See ``attend.attention_scores``."""
+    @numba.cfunc(SIGNATURE, cache=keep, fastmath=REORDER)
+    def task(at):
+        a = carray(at, (FIELDS,), np.int64)
+        kv_heads, groups, width, keys, wide = a[6], a[7], a[8], a[9], a[10]
+        k_row, k_key, factor = a[11], a[12], float_of(np.uint32(a[13]))
+        size = 4 if wide else 2
+        query, key = np.empty((groups, width), np.float32), np.empty(width, np.float32)
+        counter = at_number(a)
+        while True:
+            item = take(counter)
+            if item >= a[1]:
+                return
+            row, head = item // kv_heads, item % kv_heads
+            q = a[2] + item * groups * width * size
+            q32, q16 = carray(address(q), (1,), np.float32), carray(address(q), (1,), np.uint16)
+            for g in range(groups):
+                for i in range(width):
+                    query[g, i] = as_float(wide, q32, q16, g * width + i)
+            visible = carray(address(a[4] + row * keys), (keys,), np.uint8)
+            out = a[5] + item * groups * keys * size
+            o32, o16 = carray(address(out), (1,), np.float32), carray(address(out), (1,), np.uint16)
+            for s in range(keys):
+                if visible[s] == 0:
+                    for g in range(groups):
+                        store(wide, o32, o16, g * keys + s, np.float32(-np.inf))
+                    continue
+                k = a[3] + (row * k_row + s * k_key + head * width) * size
+                k32, k16 = carray(address(k), (1,), np.float32), carray(address(k), (1,), np.uint16)
+                for i in range(width):
+                    key[i] = as_float(wide, k32, k16, i)
+                for g in range(groups):
+                    total = np.float32(0.0)
+                    for i in range(width):
+                        total += query[g, i] * key[i]
+                    store(wide, o32, o16, g * keys + s, once(wide, total) * factor)
+    return task
+
+
+def mixed(_: int, keep: bool) -> Any:
+    """Values of the keys, mixed by one query's pattern. See ``attend.attention_values``."""
+    @numba.cfunc(SIGNATURE, cache=keep, fastmath=REORDER)
+    def task(at):
+        a = carray(at, (FIELDS,), np.int64)
+        kv_heads, groups, width, keys, wide, v_row, v_key = a[5], a[6], a[7], a[8], a[9], a[10], a[11]
+        size = 4 if wide else 2
+        sums, value = np.empty((groups, width), np.float32), np.empty(width, np.float32)
+        counter = at_number(a)
+        while True:
+            item = take(counter)
+            if item >= a[1]:
+                return
+            row, head = item // kv_heads, item % kv_heads
+            weights = a[2] + item * groups * (keys + 1) * size  # the last column is the sink's
+            w32, w16 = carray(address(weights), (1,), np.float32), carray(address(weights), (1,), np.uint16)
+            sums[:] = 0
+            for s in range(keys):
+                v = a[3] + (row * v_row + s * v_key + head * width) * size
+                v32, v16 = carray(address(v), (1,), np.float32), carray(address(v), (1,), np.uint16)
+                for i in range(width):
+                    value[i] = as_float(wide, v32, v16, i)
+                for g in range(groups):
+                    weight = as_float(wide, w32, w16, g * (keys + 1) + s)
+                    for i in range(width):
+                        sums[g, i] += weight * value[i]
+            out = a[4] + item * groups * width * size
+            o32, o16 = carray(address(out), (1,), np.float32), carray(address(out), (1,), np.uint16)
+            for g in range(groups):
+                for i in range(width):
+                    store(wide, o32, o16, g * width + i, sums[g, i])
+    return task
