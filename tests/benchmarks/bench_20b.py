@@ -64,21 +64,28 @@ def decoding(found: dict[str, Any]) -> dict[str, Any]:
             "captured_over_plain": round(statistics.median(times["captured"]) / plain, 3),
             "captured_over_plain_best": round(min(times["captured"]) / min(times["plain"]), 3),
             "peak_resident_bytes": found["peak"], "seconds_to_load": round(found["loaded"], 2),
-            "seconds_from_start_to_first_token": round(found["first_token"], 2), "kernels": found["kernels"]}
-    if times["read"]:
+            "seconds_from_start_to_first_token": round(found["first_token"], 2),
+            "seconds_to_map_every_page": round(found["touched"], 2), "kernels": found["kernels"]}
+    for way, stream in (("read", ""), ("read apart", "_of_four_streams")) if times["read"] else ():
         for name, of in (("median", statistics.median), ("best", min)):
-            floor = found["active_bytes"] / (found["read_bytes"] / of(times["read"]))
-            kept[f"floor_milliseconds_{name}"] = round(floor * 1e3, 1)
-            kept[f"over_floor_{name}"] = round(of(times["plain"]) / floor, 2)
+            floor = found["active_bytes"] / (found["read_bytes"] / of(times[way]))
+            kept[f"floor{stream}_milliseconds_{name}"] = round(floor * 1e3, 1)
+            kept[f"over_floor{stream}_{name}"] = round(of(times["plain"]) / floor, 2)
     return kept
 
 
 def reading(found: dict[str, Any]) -> dict[str, Any]:
     """Figures of a prefill process. Its first pass also maps the pages of the files."""
     times = found["times"]["prefill"]
-    return {"seconds": [round(value, 2) for value in times],
+    kept = {"seconds": [round(value, 2) for value in times],
             "milliseconds_a_token": round(min(times) / PROMPT * 1e3, 2),
             "tokens_a_second": round(PROMPT / min(times), 1), "peak_resident_bytes": found["peak"]}
+    if "flop" in found:
+        best = found["product_flop"] / min(found["times"]["product"])
+        kept |= {"teraflop": round(found["flop"] / 1e12, 2), "gigaflops": round(found["flop"] / min(times) / 1e9, 1),
+                 "gigaflops_of_torch_float32": round(best / 1e9, 1),
+                 "share_of_torch_float32": round(found["flop"] / min(times) / best, 2)}
+    return kept
 
 
 def measure(folder: Path, library: Path | None, llama: str | None, gguf: Path | None) -> dict[str, Any]:

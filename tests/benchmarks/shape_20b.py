@@ -14,6 +14,7 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +49,28 @@ def active_bytes(model: Any) -> int:
     return total - experts + experts * config.num_experts_per_tok // config.num_local_experts
 
 
-def reader(library: str, tensor: torch.Tensor, threads: int) -> Any:
-    """Seconds of reading a tensor once."""
+def reader(library: str, tensor: torch.Tensor, threads: int) -> Callable[[str], float]:
+    """Seconds of reading a tensor once, in one stream a thread ("all") or in four ("apart")."""
     code = ctypes.CDLL(library)
     code.threads(threads)
 
-    def read() -> float:
+    def read(way: str) -> float:
         begun = time.perf_counter()
-        code.read_all(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes))
+        getattr(code, f"read_{way}")(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes))
         return time.perf_counter() - begun
 
-    read()
+    read("all")
     return read
+
+
+def touch(model: Any) -> float:
+    """Map every page of the weights, which the first tokens would otherwise do one by one -> seconds."""
+    begun = time.perf_counter()
+    for _, tensor in model.weights.tensors():
+        parts = (tensor.blocks, tensor.scales) if hasattr(tensor, "blocks") else (tensor,)
+        for part in parts:
+            part.reshape(-1).view(torch.uint8)[::4096].max()
+    return time.perf_counter() - begun
 
 
 def decode(model: Any, tokens: int, library: str | None, threads: int) -> dict[str, Any]:
@@ -70,7 +81,8 @@ def decode(model: Any, tokens: int, library: str | None, threads: int) -> dict[s
     captured = iter(model.generate(ids, capture=CAPTURE, max_tokens=tokens + 1, stop=[]))
     next(captured)
     read = reader(library, model.weights.unembed, threads) if library else None
-    times: dict[str, list[float]] = {"plain": [], "captured": [], "read": [], "unembed": []}
+    touched = touch(model)
+    times: dict[str, list[float]] = {"plain": [], "captured": [], "read": [], "read apart": [], "unembed": []}
     hidden = torch.randn(1, model.config.hidden_size).to(torch.bfloat16)
     said: dict[str, list[int]] = {"plain": [], "captured": []}
     for turn in range(tokens):
@@ -83,19 +95,36 @@ def decode(model: Any, tokens: int, library: str | None, threads: int) -> dict[s
         model.transformer.unembed(hidden)
         times["unembed"].append(time.perf_counter() - begun)
         if read is not None and turn % EVERY == 0:
-            times["read"].append(read())
+            times["read"].append(read("all"))
+            times["read apart"].append(read("apart"))
     assert said["plain"] == said["captured"]
     return {"first_token": first, "times": times, "read_bytes": model.weights.unembed.nbytes,
-            "active_bytes": active_bytes(model)}
+            "active_bytes": active_bytes(model), "touched": touched}
 
 
 def prefill(model: Any, tokens: int) -> dict[str, Any]:
-    ids, times = prompt(tokens), []
+    """Seconds of a prompt, and of torch's float32 product of as many rows: the most that arithmetic could be."""
+    ids, times, products = prompt(tokens), [], []
+    rows, matrix = torch.randn(tokens, model.config.hidden_size), torch.randn(model.config.hidden_size, 5760)
     for _ in range(2):  # the first one also maps the pages
         begun = time.perf_counter()
         next(iter(model.generate(ids, max_tokens=1, stop=[])))
         times.append(time.perf_counter() - begun)
-    return {"times": {"prefill": times}}
+        for _ in range(8):
+            begun = time.perf_counter()
+            torch.mm(rows, matrix)
+            products.append(time.perf_counter() - begun)
+    return {"times": {"prefill": times, "product": products}, "product_flop": 2 * rows.numel() * matrix.shape[1],
+            "flop": tokens * 2 * active_values(model)}
+
+
+def active_values(model: Any) -> int:
+    """Numbers that one token of a prompt is multiplied with: those of ``active_bytes`` without the unembedding."""
+    config, weights = model.config, model.weights
+    layers = sum(w.q_weight.numel() + w.k_weight.numel() + w.v_weight.numel() + w.o_weight.numel()
+                 for w in weights.layers)
+    chosen = config.num_experts_per_tok * 3 * config.hidden_size * config.intermediate_size
+    return layers + len(weights.layers) * chosen
 
 
 def main(folder: str, what: str, threads: int, tokens: int, library: str | None) -> dict[str, Any]:

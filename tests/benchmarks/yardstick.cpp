@@ -113,4 +113,28 @@ long long read_all(const uint8_t *bytes, size_t size) {
     return total;
 }
 
+// The same in four streams far apart: each is fetched ahead for itself, and one thread reads more bytes at a time.
+__attribute__((target("avx2")))
+long long read_apart(const uint8_t *bytes, size_t size) {
+    long long total = 0;
+    #pragma omp parallel reduction(+:total)
+    {
+        size_t quarter = size / omp_get_num_threads() / 4 & ~(size_t)63;
+        const uint8_t *part = bytes + 4 * quarter * omp_get_thread_num();
+        __m256i sums[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(),
+                           _mm256_setzero_si256()};
+        for (size_t i = 0; i < quarter; i += 64)
+            for (int stream = 0; stream < 4; stream++) {
+                const uint8_t *here = part + stream * quarter + i;
+                sums[stream] = _mm256_add_epi64(sums[stream], _mm256_loadu_si256((const __m256i *)here));
+                sums[stream] = _mm256_add_epi64(sums[stream], _mm256_loadu_si256((const __m256i *)(here + 32)));
+            }
+        alignas(32) long long lanes[4];
+        _mm256_store_si256((__m256i *)lanes, _mm256_add_epi64(_mm256_add_epi64(sums[0], sums[1]),
+                                                             _mm256_add_epi64(sums[2], sums[3])));
+        total += lanes[0] + lanes[1] + lanes[2] + lanes[3];
+    }
+    return total;
+}
+
 }

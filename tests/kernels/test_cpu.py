@@ -40,12 +40,12 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def _emulated(name: str) -> Iterator[str]:
     """Compiled anew and not kept: what the disk holds is for the real instructions."""
-    from gptoss_kernels.cpu.compiled import rows, tasks
+    from gptoss_kernels.cpu.compiled import rows
     from tests.kernels.avx512 import Emulated
 
     def address(kind: str, way: int) -> int:
         if (kind, way) not in made:
-            made[kind, way] = getattr(tasks, kind)(way, False)
+            made[kind, way] = products.maker(kind)(way, False)
         return made[kind, way].address
 
     made: dict[tuple[str, int], object] = {}

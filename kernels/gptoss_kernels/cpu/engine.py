@@ -109,17 +109,14 @@ class Engine:
         """
         seats, experts, groups = [], [], []
         for expert, places in served.items():
-            first = len(seats) // products.TILE_TOKENS
+            first = len(experts)
             seats += places + [-1] * (-len(places) % products.TILE_TOKENS)
-            groups += (expert, first, len(seats) // products.TILE_TOKENS)
-            experts += [expert] * len(places)
+            experts += [expert] * (len(seats) // products.TILE_TOKENS - first)
+            groups += (expert, first, len(experts))
         at = torch.tensor(seats)
-        real = at >= 0
-        rows = x[at.clamp(min=0) // slots].float().view(-1, products.TILE_TOKENS, x.shape[1])
-        way = self.path.scratch[torch.float32]
-        found = products.expert_tiles(rows.transpose(1, 2).contiguous(), groups, weight, way)
-        product = found.transpose(1, 2).reshape(len(at), -1)[real].to(x.dtype)
-        out[at[real]] = product + bias[torch.tensor(experts)]
+        panels = products.panels(x, at.div(slots, rounding_mode="floor"))
+        found = products.expert_tiles(panels, groups, weight, self.path.scratch[torch.float32])
+        products.seat(found, at, torch.tensor(experts), bias, out, twice=True)
 
     def _many(self, rows: Tensor, weight: Mxfp4Tensor, bias: Tensor, out: Tensor, where: Tensor) -> None:
         """One expert with many rows: out[where] = rounded(rows @ expert.T) + bias."""
@@ -139,11 +136,12 @@ class Engine:
 def _dense_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Many rows times a bfloat16 matrix, plus bias, in float32; one rounding at the end."""
     missing = -len(rows) % products.TILE_TOKENS
-    filled = F.pad(rows.float(), (0, 0, 0, missing)).view(-1, products.TILE_TOKENS, rows.shape[1])
-    product = products.dense_tiles(filled.transpose(1, 2).contiguous(), weight).transpose(1, 2)
-    product = product if bias is None else product + bias.float()
-    filled = product.to(rows.dtype).reshape(-1, len(weight))
-    return filled[: len(rows)].clone() if missing else filled  # whoever keeps it must not keep the padding alive
+    at = F.pad(torch.arange(len(rows)), (0, missing), value=-1)
+    found = products.dense_tiles(products.panels(rows, at), weight)
+    out = torch.empty(len(rows), len(weight), dtype=rows.dtype)
+    bias = None if bias is None else bias.contiguous()
+    products.seat(found, at, torch.zeros(len(found), dtype=torch.int64), bias, out, twice=False)
+    return out
 
 
 def _on_cpu(*tensors: Tensor) -> bool:

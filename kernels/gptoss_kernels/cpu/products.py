@@ -37,7 +37,7 @@ _compiling = threading.Lock()
 
 @cache
 def task(kind: str, way: int) -> int:
-    """The address of a compiled task of ``tasks``, ``small`` or ``looks`` in ``gptoss_kernels.cpu.compiled``."""
+    """The address of a compiled task of ``gptoss_kernels.cpu.compiled``."""
     with _compiling:
         return _keep(kind, way).address
 
@@ -45,12 +45,16 @@ def task(kind: str, way: int) -> int:
 _kept: list[Any] = []
 
 
-def _keep(kind: str, way: int) -> Any:
-    from gptoss_kernels.cpu.compiled import looks, small, tasks
+def maker(kind: str) -> Callable[[int, bool], Any]:
+    """The function of ``gptoss_kernels.cpu.compiled`` that compiles a task, for a way and perhaps to keep it."""
+    from gptoss_kernels.cpu.compiled import looks, panels, small, tasks
 
-    make: Callable[[int, bool], Any] = next(getattr(one, kind) for one in (tasks, small, looks) if hasattr(one, kind))
+    return next(getattr(room, kind) for room in (tasks, small, looks, panels) if hasattr(room, kind))
+
+
+def _keep(kind: str, way: int) -> Any:
     with codecache.keeping() as keep:
-        _kept.append(make(way, keep))
+        _kept.append(maker(kind)(way, keep))
     return _kept[-1]
 
 
@@ -97,6 +101,31 @@ def expert_rows(x: Tensor, groups: Sequence[int], jobs: Sequence[int], weight: M
     run(task("mxfp4_rows", way), count * -(-height // per_item), weight.blocks.data_ptr(), weight.scales.data_ptr(),
         groups_told.buffer_info()[0], jobs_told.buffer_info()[0], ready.data_ptr(), bias.data_ptr(), out.data_ptr(),
         tables.powers().data_ptr(), height, width, ready.shape[1], per_item, count, int(x.dtype == torch.float32))
+
+
+def panels(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of x (M, K), float32 or bfloat16, in float32 panels (P, K, TILE_TOKENS), tokens side by side.
+
+    Args:
+        rows: (P * TILE_TOKENS,) int64, the row of each token; -1 for a token of zeros.
+    """
+    out = torch.empty(len(rows) // TILE_TOKENS, x.shape[1], TILE_TOKENS)
+    run(task("panelled", 0), len(out), x.data_ptr(), rows.data_ptr(), out.data_ptr(), x.shape[1],
+        int(x.dtype == torch.float32))
+    return out
+
+
+def seat(found: Tensor, rows: Tensor, matrices: Tensor, bias: Tensor | None, out: Tensor, twice: bool) -> None:
+    """Products in panels (P, R, TILE_TOKENS), plus bias, back to rows of ``out`` (., R), float32 or bfloat16.
+
+    Args:
+        rows: (P * TILE_TOKENS,) int64, where each token belongs; -1 for nowhere.
+        matrices: (P,) int64, which row of ``bias`` (., R) each panel has; in the dtype of ``out``.
+        twice: the product is rounded before the bias is added, as the published code does with experts.
+    """
+    run(task("seated", 0), len(found), found.data_ptr(), rows.data_ptr(), matrices.data_ptr(),
+        0 if bias is None else bias.data_ptr(), out.data_ptr(), found.shape[1], int(out.dtype == torch.float32),
+        int(twice))
 
 
 def expert_tiles(panels: Tensor, groups: Sequence[int], weight: Mxfp4Tensor, way: int) -> Tensor:
