@@ -14,7 +14,8 @@ import gptoss_workbench as wb
 from gptoss_kernels.mxfp4 import dequantize
 from gptoss_workbench.errors import ExperimentError, SiteError
 from gptoss_workbench.experiments import attributing
-from gptoss_workbench.experiments.agreement import mean_interval, ranking, spearman, t_quantile
+from gptoss_workbench.experiments.agreement import ranking, spearman
+from gptoss_workbench.experiments.uncertainty import student_interval, t_quantile
 from gptoss_workbench.model.model import Model
 from gptoss_workbench.model.transformer import Transformer
 from tests.factories import tiny_model, write_hf
@@ -354,7 +355,7 @@ def test_several_pairs_with_mean_and_interval(tiny) -> None:
 
 def test_small_statistics_by_hand() -> None:
     assert [t_quantile(n) for n in (1, 4, 30)] == pytest.approx([12.7062, 2.7764, 2.0423], rel=1e-4)  # from a table
-    mean, low, high = mean_interval(np.array([[1.0], [3.0]]))
+    mean, low, high = student_interval(np.array([[1.0], [3.0]]))
     assert (mean[0], low[0], high[0]) == pytest.approx((2, 2 - 12.7062, 2 + 12.7062), rel=1e-4)
     assert spearman(np.array([1.0, 2.0, 3.0, 9.0]), np.array([1.0, 4.0, 9.0, 10.0])) == pytest.approx(1)
     assert spearman(np.array([1.0, 1.0, 2.0]), np.array([1.0, 2.0, 3.0])) == pytest.approx(3**0.5 / 2)

@@ -11,7 +11,7 @@ import xarray as xr
 import gptoss_workbench as wb
 from gptoss_workbench.errors import EditNeverFired, ExperimentError
 from gptoss_workbench.experiments.directions import auc_of, direction_of
-from gptoss_workbench.experiments.intervals import mean_interval
+from gptoss_workbench.experiments.uncertainty import mean_interval
 from gptoss_workbench.nano import facts
 from tests.factories import tiny_model, write_hf
 from tests.tolerances import PARTS_F32, SITE_F32

@@ -29,7 +29,7 @@ _WHERE = {
     "patching": "experiments.patching", "logit_diff": "experiments.metrics", "Metric": "experiments.metrics",
     "probability": "experiments.metrics", "rank": "experiments.metrics", "kl_divergence": "experiments.metrics",
     "causal_tracing": "experiments.causal_tracing", "path_patching": "experiments.path_patching",
-    "summarize": "experiments.uncertainty", "sweep": "experiments.sweep", "ProgressLine": "experiments.sweeps.watch",
+    "summarize": "experiments.uncertainty", "sweep": "experiments.sweep", "ProgressLine": "experiments.watch",
     "logit_lens": "experiments.lens", "next_tokens": "experiments.lens",
     "lens_grid": "experiments.lens_grid", "LENS_SITES": "experiments.lens_grid", "decided_at": "experiments.decided",
     "tuned_lens": "experiments.tuned_lens", "TunedLens": "experiments.tuned_lens",
@@ -80,10 +80,10 @@ if TYPE_CHECKING:
     from gptoss_workbench.experiments.sae import SAE
     from gptoss_workbench.experiments.sae_files import load_sae
     from gptoss_workbench.experiments.sweep import sweep
-    from gptoss_workbench.experiments.sweeps.watch import ProgressLine
     from gptoss_workbench.experiments.tuned_lens import TunedLens, tuned_lens, tuned_lens_kl
     from gptoss_workbench.experiments.uncertainty import summarize
     from gptoss_workbench.experiments.usage import expert_usage
+    from gptoss_workbench.experiments.watch import ProgressLine
     from gptoss_workbench.harmony.conversation import chat
     from gptoss_workbench.hooks.attention import cut_attention, pin_attention, scale_sink
     from gptoss_workbench.hooks.capture import capture

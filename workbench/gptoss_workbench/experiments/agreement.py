@@ -1,4 +1,4 @@
-"""How well estimates agree with what they estimate, and how sure a mean over prompts is."""
+"""How well estimates agree with what they estimate."""
 
 from __future__ import annotations
 
@@ -6,28 +6,6 @@ import numpy as np
 import xarray as xr
 
 from gptoss_workbench.errors import ExperimentError
-
-CONFIDENCE = 0.95
-
-
-def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over the first axis, with the ends of Student's 95 % interval: (n, ...) -> three of (...).
-
-    NaN where any value is, and ends of NaN for n = 1.
-    """
-    n, mean = len(values), values.mean(0)
-    if n < 2:
-        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
-    reach = t_quantile(n - 1) * values.std(0, ddof=1) / np.sqrt(n)
-    return mean, mean - reach, mean + reach
-
-
-def t_quantile(freedom: int, p: float = (1 + CONFIDENCE) / 2) -> float:
-    """Quantile of Student's distribution, by the integral of its density over t = sqrt(freedom) tan(angle)."""
-    angle = np.linspace(0, np.pi / 2, 200_001)
-    density = np.cos(angle) ** (freedom - 1)
-    below = np.concatenate(([0.0], np.cumsum((density[1:] + density[:-1]) / 2)))
-    return float(np.sqrt(freedom) * np.tan(np.interp(2 * p - 1, below / below[-1], angle)))
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,15 +13,17 @@ import xarray as xr
 from torch import Tensor
 
 from gptoss_workbench.errors import ExperimentError
-from gptoss_workbench.experiments.agreement import agreement, candidates, mean_interval, ranking
+from gptoss_workbench.experiments.agreement import agreement, candidates, ranking
 from gptoss_workbench.experiments.attributed import Places
 from gptoss_workbench.experiments.gradients import Gradients, gradients
 from gptoss_workbench.experiments.metrics import Metric
+from gptoss_workbench.experiments.uncertainty import student_interval
+from gptoss_workbench.experiments.watch import Cost, Watch, identity, resumed
 from gptoss_workbench.hooks.capture import capture
 from gptoss_workbench.hooks.edits import SINK, Edit, patch
 from gptoss_workbench.hooks.routing import replay_routes
 from gptoss_workbench.model.model import Model, Prompt, _as_batch
-from gptoss_workbench.model.provenance import config_digest, with_method
+from gptoss_workbench.model.provenance import with_method
 from gptoss_workbench.model.run import Run
 
 TOKENS_FORWARD = 4096
@@ -34,30 +35,27 @@ Method = Literal["gradient", "relp", "integrated"]
 METHODS = ("gradient", "relp", "integrated")
 
 
-@dataclass(frozen=True)
-class AttributionPlan:
-    """What an attribution costs, in passes over one prompt each. Print it.
+@dataclass(frozen=True, kw_only=True)
+class AttributionPlan(Cost):
+    """What an attribution costs. Print it.
 
     Attributes:
+        passes, tokens, generated, nbytes: see ``Cost``; ``passes`` are forward and backward.
         pairs: pairs of prompts.
-        tokens: of each prompt.
+        length: tokens of each prompt.
         forward: forward passes at most: both prompts (once more before the checks where there are several pairs),
             whole layers for "integrated", and checks, fewer where fewer places differ.
         backward: forward passes with a backward pass, each about three times a forward pass.
     """
 
     pairs: int
-    tokens: int
+    length: int
     forward: int
     backward: int
 
-    @property
-    def passes(self) -> int:
-        return self.forward + self.backward
-
     def __str__(self) -> str:
         pairs = "1 pair" if self.pairs == 1 else f"{self.pairs} pairs"
-        return (f"{pairs} of {self.tokens} tokens: at most {self.forward:,} forward passes, "
+        return (f"{pairs} of {self.length} tokens: at most {self.forward:,} forward passes, "
                 f"{self.backward:,} forward and backward passes")
 
 
@@ -90,13 +88,11 @@ class Work:
             raise ExperimentError("Metrics do not fit the pairs.", got=f"{metric!r}"[:100],
                                   expected=f"one metric, or a list of {len(self.pairs)}")
         self._runs: tuple[int, list[Run]] | None = None
-        self._tell: Callable[[int, int], object] | None = None
-        self._stop: Callable[[], bool] | None = None
 
     # what is to be done -------------------------------------------------------------------------------------------
 
-    def start(self, resume: xr.Dataset | None) -> None:
-        """Empty arrays, or those of an earlier result."""
+    def start(self, resume: xr.Dataset | None, watch: Watch) -> None:
+        """Empty arrays, or those of an earlier result; what is left to do is told."""
         config, tokens = self.model.config, len(self.pairs[0][0])
         sizes = {**config.dimensions, "token": tokens, "query": tokens, "layer": len(self.places.layers),
                  "key": tokens + (self.places.site == "attn.pattern")}
@@ -105,22 +101,16 @@ class Work:
                                                                                  len(self.places.layers))
         shapes = {"estimate": grid, "exact": grid, "difference": grid, "clean": one, "corrupt": one}
         shapes |= {"total": by_layer} if self.method == "integrated" else {}
-        if resume is not None and resume.attrs.get("question") != self.question:
-            raise ExperimentError(
-                "That result can't be resumed here: it was asked something else.", expected=self.question,
-                got=str(resume.attrs.get("question")),
-                hint="Pass the same model, prompts, site, layers, router, method, steps and metrics as before.")
-        self.arrays = {name: np.full(shape, np.nan, np.float32) if resume is None else
-                       np.array(resume[name].values, np.float32).reshape(shape) for name, shape in shapes.items()}
-        self.done, self.plan = 0, self._plan()
+        self.arrays = {name: resumed(resume, self.question, shape, name) for name, shape in shapes.items()}
+        self.done, self.plan, self.watch = 0, self._plan(), watch
+        watch.plan(self.plan)
 
     @property
     def question(self) -> str:
         """Short digest of what is asked, so that nothing goes on from the results of another question."""
-        said = repr((self.model.name, self.model.dtype, config_digest(self.model.config), self.pairs, self.places,
-                     self.router, self.method, self.steps if self.method == "integrated" else 0,
-                     [one.name for one in self.metrics]))
-        return hashlib.sha256(said.encode()).hexdigest()[:16]
+        steps = self.steps if self.method == "integrated" else 0
+        return identity(self.model, "attribution", self.pairs, self.places, self.router, self.method, steps,
+                        [one.name for one in self.metrics])
 
     def _plan(self) -> AttributionPlan:
         """What is left to do. How many places differ is known only after the estimates; till then it is at most so."""
@@ -135,22 +125,21 @@ class Work:
             chosen = np.concatenate(self.chosen())
             checks = np.isnan(self.arrays["exact"].reshape(pairs, -1)[:, chosen]).sum(1)
         both = int((begun | (checks > 0)).sum() if pairs == 1 else begun.sum() + (checks > 0).sum())
-        return AttributionPlan(pairs, len(self.pairs[0][0]), forward + int(checks.sum()) + 2 * both, backward)
+        forward += int(checks.sum()) + 2 * both
+        length = len(self.pairs[0][0])
+        return AttributionPlan(passes=forward + backward, tokens=(forward + backward) * length, pairs=pairs,
+                               length=length, forward=forward, backward=backward)
 
     def _unfinished(self, pair: int) -> bool:
         return any(np.isnan(values[pair]).any() for name, values in self.arrays.items() if name != "exact")
 
-    def watch(self, tell: Callable[[int, int], object] | None, stop: Callable[[], bool] | None) -> None:
-        self._tell, self._stop = tell, stop
-
     def _ask(self) -> None:
-        if self._stop is not None and self._stop():
+        if self.watch.stopped():
             raise Stop
 
     def _passed(self, count: int) -> None:
         self.done += count
-        if self._tell is not None:
-            self._tell(min(self.done, self.plan.passes), self.plan.passes)
+        self.watch.done(min(self.done, self.plan.passes), self.plan.passes)
 
     # computing ----------------------------------------------------------------------------------------------------
 
@@ -161,8 +150,8 @@ class Work:
             self._check()
         except Stop:
             return
-        if self._tell is not None and self.done < self.plan.passes:  # places that do not differ need no check
-            self._tell(self.plan.passes, self.plan.passes)
+        if self.done < self.plan.passes:  # places that do not differ need no check
+            self.watch.done(self.plan.passes, self.plan.passes)
 
     def runs(self, pair: int) -> list[Run]:
         """Clean and corrupt run of a pair, kept until another pair is asked for."""
@@ -291,7 +280,7 @@ class Work:
         shapes = {"clean": ("pair",), "corrupt": ("pair",), "total": ("pair", "layer")}
         made = {name: (shapes.get(name, dims), values) for name, values in self.arrays.items()}
         for name in () if self.single else ("estimate", "exact"):
-            ends = mean_interval(self.arrays[name])
+            ends = student_interval(self.arrays[name])
             made |= {f"{name}_{end}": (dims[1:], values)
                      for end, values in zip(("mean", "low", "high"), ends, strict=True)}
         coords: dict[str, object] = {"pair": range(len(self.pairs)), **clean.token_coords(own)}

@@ -11,6 +11,7 @@ import xarray as xr
 from gptoss_workbench.experiments.attributed import places_of
 from gptoss_workbench.experiments.attributing import AttributionPlan, Method, Work
 from gptoss_workbench.experiments.metrics import Metric
+from gptoss_workbench.experiments.watch import Watch
 from gptoss_workbench.hooks.selection import Indices
 from gptoss_workbench.model.model import Model, Prompt
 
@@ -87,10 +88,7 @@ def attribution(
     over layers. An interval over pairs is about prompts like these and supposes that effects spread about normally.
     """
     work = Work(model, clean, corrupt, metric, places_of(model, site, by, layers), router, method, steps, top, others)
-    work.start(resume)
-    if on_plan is not None:
-        on_plan(work.plan)
-    work.watch(on_progress, should_stop)
+    work.start(resume, Watch(on_plan, on_progress, should_stop))
     with torch.no_grad():
         work.compute()
     return work.result()

@@ -13,8 +13,9 @@ import xarray as xr
 
 from gptoss_workbench.errors import ExperimentError
 from gptoss_workbench.experiments.metrics import Metric
-from gptoss_workbench.experiments.sweeps.engine import MEMORY, Case, SweepPlan
-from gptoss_workbench.experiments.sweeps.watch import Watch, fill, identity, resumed
+from gptoss_workbench.experiments.sweeps.engine import Case, SweepPlan
+from gptoss_workbench.experiments.sweeps.fill import fill
+from gptoss_workbench.experiments.watch import MEMORY, Watch, identity, resumed
 from gptoss_workbench.hooks.edits import noise, patch
 from gptoss_workbench.hooks.prompts import Prompts
 from gptoss_workbench.hooks.selection import Indices, freeze
@@ -75,7 +76,7 @@ def causal_tracing(
     restore = [patch(site, clean, layer=[*span], tokens=token) for span in spans for token in range(len(ids))]
     question = identity(model, "causal tracing", ids, metric.name, site, window, strength, seeds, blurred_tokens)
     shape = (seeds, layers, len(ids))
-    values = resumed(resume, shape, question)
+    values = resumed(resume, question, shape)
     blurred = np.array([float(metric.of(model, model.run(ids, edits=edits).logits[-1:])) for edits in always])
     values[:, :, :min(blurred_tokens)] = blurred[:, None, None]  # nothing is blurred there yet
     flat = values.reshape(1, -1)

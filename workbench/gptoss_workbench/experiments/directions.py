@@ -10,7 +10,8 @@ import numpy as np
 import xarray as xr
 
 from gptoss_workbench.errors import ExperimentError
-from gptoss_workbench.experiments.reading import Cost, Watch, layer_numbers, read_vectors, stream_site
+from gptoss_workbench.experiments.reading import layer_numbers, read_vectors, stream_site
+from gptoss_workbench.experiments.watch import Cost, Watch
 from gptoss_workbench.hooks.selection import Indices, freeze
 from gptoss_workbench.model.model import Model, Prompt
 from gptoss_workbench.model.provenance import with_method

@@ -12,10 +12,10 @@ import xarray as xr
 from torch import Tensor
 
 from gptoss_workbench.errors import ExperimentError
-from gptoss_workbench.experiments.intervals import LEVEL, mean_interval
 from gptoss_workbench.experiments.metrics import Metric
-from gptoss_workbench.experiments.reading import Cost, Watch, batches
-from gptoss_workbench.experiments.sweeps.watch import identity
+from gptoss_workbench.experiments.reading import batches
+from gptoss_workbench.experiments.uncertainty import LEVEL, mean_interval
+from gptoss_workbench.experiments.watch import Cost, Watch, identity, resumed
 from gptoss_workbench.hooks.edits import Edit, steer
 from gptoss_workbench.hooks.selection import Indices
 from gptoss_workbench.model.generation import Generation
@@ -90,14 +90,13 @@ def dose_response(
     longest = max(len(task.rows) for task in tasks)
     question = identity(model, doses, [_as_list(edit(dose)) for edit in edits.values() for dose in doses if dose],
                         [(task.name, task.rows, _name(task.measure)) for task in tasks], max_tokens)
-    values = _begun(resume, question, (len(edits), len(tasks), len(doses), longest))
+    values = resumed(resume, question, (len(edits), len(tasks), len(doses), longest), "value", np.float64)
     zero = doses.index(0.0)
     order = sorted(range(len(doses)), key=lambda at: (at != zero, at))  # first what all is measured against
     passes = [(at, number, index, batch) for at in order for number in range(1 if at == zero else len(edits))
               for index, task in enumerate(tasks) for batch in batches(task.rows)]
     left = [one for one in passes if np.isnan(values[one[1], one[2], one[0], one[3]]).any()]
-    if on_plan is not None:
-        on_plan(_cost(tasks, left, max_tokens))
+    watch.plan(_cost(tasks, left, max_tokens))
     total = sum(len(batch) for *_, batch in passes)
     done = total - sum(len(batch) for *_, batch in left)
     for at, number, index, batch in left:
@@ -180,17 +179,6 @@ def _edits(
 
 def _as_list(edits: Edit | Sequence[Edit]) -> list[Edit]:
     return [edits] if isinstance(edits, Edit) else list(edits)
-
-
-def _begun(resume: xr.Dataset | None, question: str, shape: tuple[int, ...]) -> np.ndarray:
-    """(edit, task, scale, prompt), NaN where nothing was measured yet."""
-    if resume is None:
-        return np.full(shape, np.nan)
-    if resume.attrs.get("question") != question:
-        raise ExperimentError("That result can't be resumed here: it was asked something else.",
-                              expected="the same model, edits, scales, prompts and measures",
-                              got=f"question {resume.attrs.get('question')}, not {question}")
-    return np.array(resume["value"].values)
 
 
 def _measured(

@@ -12,17 +12,17 @@ import xarray as xr
 from torch import Tensor
 
 from gptoss_workbench.errors import ExperimentError
-from gptoss_workbench.experiments.cost import Cost
 from gptoss_workbench.experiments.metrics import Metric
 from gptoss_workbench.experiments.parts import columns
 from gptoss_workbench.experiments.rows import token_log_probs
+from gptoss_workbench.experiments.watch import Cost, Watch, identity, resumed
 from gptoss_workbench.hooks.capture import Capture
 from gptoss_workbench.hooks.edits import Edit
 from gptoss_workbench.hooks.routing import route_around, silence_experts
 from gptoss_workbench.hooks.selection import Indices, freeze, resolve
 from gptoss_workbench.model.cache import KVCache
 from gptoss_workbench.model.model import Model, Prompt
-from gptoss_workbench.model.provenance import digest_of_json, with_method
+from gptoss_workbench.model.provenance import with_method
 from gptoss_workbench.model.run import Run
 
 TOKENS_PER_BATCH = 4096  # bounds memory; larger batches were not faster on two cores
@@ -76,14 +76,8 @@ def expert_importance(
     wanted = resolve(freeze(layers), config.num_hidden_layers, "layer")
     who = resolve(freeze(experts), config.num_local_experts, "expert")
     name = metric if isinstance(metric, str) else metric.name
-    question = digest_of_json([repr(model), model.provenance.digest, rows, starts, name, mode, wanted, who,
-                               repr(freeze(tokens))])
-    harm = np.full((len(wanted), len(who), len(rows)), np.nan, dtype=np.float32)
-    if resume is not None:
-        if resume.attrs.get("question") != question:
-            raise ExperimentError("That result can't be resumed here: it was asked something else.",
-                                  expected="the same model, prompts, metric, mode and places", got=str(resume.sizes))
-        harm = resume["harm"].values.copy()
+    question = identity(model, "expert importance", rows, starts, name, mode, wanted, who, freeze(tokens))
+    harm = resumed(resume, question, (len(wanted), len(who), len(rows)), "harm")
     use, value = np.zeros_like(harm), np.zeros(len(rows), dtype=np.float32)
     bases, todo = [], []
     for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
@@ -97,11 +91,11 @@ def expert_importance(
         blank = np.isnan(harm[:, :, number])
         harm[:, :, number][blank & (received == 0)] = 0
         todo += [(number, int(i), int(j)) for i, j in np.argwhere(blank & (received > 0))]
-    if on_plan is not None:
-        on_plan(Cost(len(todo), sum(len(rows[number]) - bases[number].begin for number, _, _ in todo)))
+    watch = Watch(on_plan, on_progress, should_stop)
+    watch.plan(Cost(len(todo), sum(len(rows[number]) - bases[number].begin for number, _, _ in todo)))
     done, current, prefix = len(rows), -1, model.new_cache(1)
     for batch in _batches(todo, rows):
-        if should_stop is not None and should_stop():
+        if watch.stopped():
             break
         number = batch[0][0]
         base = bases[number]
@@ -113,8 +107,7 @@ def expert_importance(
         for (_, i, j), other in zip(batch, changed, strict=True):
             harm[i, j, number] = other - value[number] if metric == "loss" else value[number] - other
         done += len(batch)
-        if on_progress is not None:
-            on_progress(done, len(rows) + len(todo))
+        watch.done(done, len(rows) + len(todo))
     dims = ("layer", "expert", "prompt")
     record = with_method(bases[0].run.provenance, "expert_importance", metric=name, mode=mode, prompts=rows,
                          completions_from=starts, tokens=repr(freeze(tokens)))

@@ -16,8 +16,9 @@ import xarray as xr
 from gptoss_workbench.errors import ExperimentError
 from gptoss_workbench.experiments.metrics import Metric, names_of
 from gptoss_workbench.experiments.places import Grid, edits_of, grid
-from gptoss_workbench.experiments.sweeps.engine import MEMORY, Case, SweepPlan
-from gptoss_workbench.experiments.sweeps.watch import Watch, fill, identity, resumed
+from gptoss_workbench.experiments.sweeps.engine import Case, SweepPlan
+from gptoss_workbench.experiments.sweeps.fill import fill
+from gptoss_workbench.experiments.watch import MEMORY, Watch, identity, resumed
 from gptoss_workbench.hooks.selection import Indices
 from gptoss_workbench.model.model import Model, Prompt, _as_batch
 from gptoss_workbench.model.provenance import with_method
@@ -107,7 +108,7 @@ def patching(
     shape = (*full[:1][: int(several)], *full[1:2][: int(not alone)], *full[2:])
     names = [one.name for one in per_pair[0]]
     question = identity(model, "patching", pairs, where, names, direction, normalize)
-    values = resumed(resume, shape, question).reshape(full) * scale + base
+    values = resumed(resume, question, full) * scale + base
     _same_past(values, start, pairs, where)
     into = [pair[1 if direction == "denoise" else 0] for pair in pairs]
     cases = [Case(number, (edit,)) for number, (pair, one) in enumerate(zip(runs, where, strict=True)) for edit in

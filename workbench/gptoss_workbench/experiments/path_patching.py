@@ -20,8 +20,9 @@ from gptoss_workbench.errors import ExperimentError
 from gptoss_workbench.experiments.metrics import Metric
 from gptoss_workbench.experiments.parts import head_outputs, slot_outputs
 from gptoss_workbench.experiments.patching import _pairs
-from gptoss_workbench.experiments.sweeps.engine import MEMORY, Case, SweepPlan
-from gptoss_workbench.experiments.sweeps.watch import Watch, fill, identity, resumed
+from gptoss_workbench.experiments.sweeps.engine import Case, SweepPlan
+from gptoss_workbench.experiments.sweeps.fill import fill
+from gptoss_workbench.experiments.watch import MEMORY, Watch, identity, resumed
 from gptoss_workbench.hooks.edits import Edit, add, set
 from gptoss_workbench.model.model import Model, Prompt
 from gptoss_workbench.model.provenance import with_method
@@ -115,7 +116,7 @@ def path_patching(
                               expected="prompts that differ in the metric", got=f"{ends[0]:.4g} for both")
     question = identity(model, "path patching", pair, [*map(str, sends)], [*map(str, hears)], metric.name, normalize)
     scale, base = (ends[0] - ends[1], ends[1]) if normalize else (1.0, 0.0)
-    values = (resumed(resume, (len(sends), len(hears)), question) * scale + base).astype(np.float32).reshape(1, -1)
+    values = (resumed(resume, question, (len(sends), len(hears))) * scale + base).astype(np.float32).reshape(1, -1)
     cases, at = [], []
     for row, sender in enumerate(sends):
         delta = _written(model, runs[0], sender) - _written(model, runs[1], sender)

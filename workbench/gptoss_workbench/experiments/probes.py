@@ -15,8 +15,8 @@ import numpy as np
 import xarray as xr
 
 from gptoss_workbench.errors import ExperimentError, SiteError, WorkbenchError
-from gptoss_workbench.experiments.intervals import LEVEL, mean_interval
 from gptoss_workbench.experiments.reading import stream_site
+from gptoss_workbench.experiments.uncertainty import LEVEL, mean_interval
 from gptoss_workbench.hooks.prompts import Prompts
 from gptoss_workbench.hooks.selection import Indices, freeze
 from gptoss_workbench.model.provenance import with_method

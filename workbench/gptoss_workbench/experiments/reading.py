@@ -2,65 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from gptoss_workbench.errors import ExperimentError
+from gptoss_workbench.experiments.watch import Cost, Watch
 from gptoss_workbench.hooks.capture import capture
 from gptoss_workbench.hooks.selection import Indices, freeze, resolve
 from gptoss_workbench.hooks.sites import SITES
 from gptoss_workbench.hooks.sites import site as site_named
-from gptoss_workbench.model.memory import gigabytes
 from gptoss_workbench.model.model import Model, Prompt
 
 TOKENS_PER_BATCH = 4096  # bounds memory
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What an experiment will ask of the model, known before it starts.
-
-    Attributes:
-        passes: prompts read, each once.
-        tokens: how many they have together.
-        generated: the most tokens that are generated on top.
-        nbytes: of the values that are kept until the end.
-    """
-
-    passes: int
-    tokens: int
-    generated: int = 0
-    nbytes: int = 0
-
-    def __str__(self) -> str:
-        more = f", up to {self.generated:,} generated on top" if self.generated else ""
-        kept = f"; {gigabytes(self.nbytes)} kept" if self.nbytes else ""
-        return f"{self.passes:,} prompts of {self.tokens:,} tokens in all{more}{kept}"
-
-
-@dataclass(frozen=True)
-class Watch:
-    """How somebody follows an experiment.
-
-    Attributes:
-        on_plan: told the ``Cost`` before anything runs.
-        on_progress: told (prompts done, prompts in all).
-        should_stop: asked before each batch; True ends early.
-    """
-
-    on_plan: Callable[[Cost], object] | None = None
-    on_progress: Callable[[int, int], object] | None = None
-    should_stop: Callable[[], bool] | None = None
-
-    def stopped(self) -> bool:
-        return self.should_stop is not None and self.should_stop()
-
-    def done(self, done: int, of: int) -> None:
-        if self.on_progress is not None:
-            self.on_progress(done, of)
+NOBODY = Watch()
 
 
 def batches(rows: Sequence[Sequence[int]]) -> list[range]:
@@ -98,7 +54,7 @@ def layer_numbers(model: Model, layers: Indices) -> list[int]:
 @torch.no_grad()
 def read_vectors(
     model: Model, prompts: Sequence[Prompt], site: str, *, layers: Indices = None, tokens: Indices = -1,
-    watch: Watch = Watch(),  # a frozen value
+    watch: Watch = NOBODY,
 ) -> np.ndarray:
     """The mean of a site over the chosen tokens of each prompt: (prompt, layer, d_model) float32.
 
@@ -109,8 +65,7 @@ def read_vectors(
     """
     rows, numbers = [model.encode(prompt) for prompt in prompts], layer_numbers(model, layers)
     values = np.full((len(rows), len(numbers), model.config.hidden_size), np.nan, dtype=np.float32)
-    if watch.on_plan is not None:
-        watch.on_plan(Cost(len(rows), sum(map(len, rows)), nbytes=values.nbytes))
+    watch.plan(Cost(len(rows), sum(map(len, rows)), nbytes=values.nbytes))
     what = capture(site, layers=numbers, tokens=tokens)
     for batch in batches(rows):
         if watch.stopped():

@@ -15,8 +15,9 @@ import xarray as xr
 
 from gptoss_workbench.errors import EditError
 from gptoss_workbench.experiments.metrics import Metric, names_of
-from gptoss_workbench.experiments.sweeps.engine import MEMORY, Case, SweepPlan
-from gptoss_workbench.experiments.sweeps.watch import Watch, fill, identity, resumed
+from gptoss_workbench.experiments.sweeps.engine import Case, SweepPlan
+from gptoss_workbench.experiments.sweeps.fill import fill
+from gptoss_workbench.experiments.watch import MEMORY, Watch, identity, resumed
 from gptoss_workbench.hooks.edits import Edit
 from gptoss_workbench.model.model import Model, Prompt, _as_batch
 from gptoss_workbench.model.provenance import with_method
@@ -62,7 +63,7 @@ def sweep(
     squeezed = tuple(axis for axis, one in enumerate((isinstance(metric, Metric), prompts is None)) if one)
     shape = tuple(size for axis, size in enumerate(whole) if axis not in squeezed)
     question = identity(model, "sweep", rows, lists, [one.name for one in metrics], always)
-    values = resumed(resume, shape, question).reshape(len(metrics), -1)
+    values = resumed(resume, question, shape).reshape(len(metrics), -1)
     fill(model, rows, cases, [metrics] * len(rows), values, Watch(on_plan, on_progress, should_stop, memory),
          [always] * len(rows))
     runs = [model.run(ids, edits=always) for ids in rows]

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from gptoss_kernels import reference
 from gptoss_workbench.errors import ExperimentError
-from gptoss_workbench.experiments.cost import Cost
 from gptoss_workbench.experiments.lens import logit_lens
 from gptoss_workbench.experiments.rows import log_probs
+from gptoss_workbench.experiments.watch import Cost, Watch
 from gptoss_workbench.model.model import Model, Prompt
 from gptoss_workbench.model.provenance import with_method
 from gptoss_workbench.model.run import Run
@@ -158,15 +158,14 @@ def tuned_lens(
     else:
         tensors = [tensor.clone() for tensor in (resume.weight, resume.bias, *resume.state)]
         losses = resume.history.values.tolist()
-    if on_plan is not None:
-        left = range(len(losses), steps)
-        on_plan(Cost(len(left), sum(len(rows[i]) for step in left for i in _draw(rows, batch, seed, step))))
-    for step in range(len(losses), steps):
-        if should_stop is not None and should_stop():
+    watch = Watch(on_plan, on_progress, should_stop)
+    left = range(len(losses), steps)
+    watch.plan(Cost(len(left), sum(len(rows[i]) for step in left for i in _draw(rows, batch, seed, step))))
+    for step in left:
+        if watch.stopped():
             break
         losses.append(_step(model, rows, tensors, step, settings))
-        if on_progress is not None:
-            on_progress(step + 1, steps)
+        watch.done(step + 1, steps)
     record = with_method(model.provenance, "tuned_lens", done=len(losses), **settings)
     return TunedLens(tensors[0], tensors[1], tuple(tensors[2:]), _history(losses), settings, record)
 
@@ -188,11 +187,11 @@ def tuned_lens_kl(
         "tuned". ``.mean("text")`` and ``.std("text")`` give the mean and its spread.
     """
     rows, count = [model.encode(text) for text in texts], model.config.num_hidden_layers
-    if on_plan is not None:
-        on_plan(Cost(len(rows), sum(map(len, rows))))
+    watch = Watch(on_plan, on_progress, should_stop)
+    watch.plan(Cost(len(rows), sum(map(len, rows))))
     values = np.full((len(rows), 2, count), np.nan, dtype=np.float32)
     for number, row in enumerate(rows):
-        if should_stop is not None and should_stop():
+        if watch.stopped():
             break
         run = model.run(row, capture="resid_post")
         final = log_probs(model, run.hidden)
@@ -200,8 +199,7 @@ def tuned_lens_kl(
             states = run.tensor("resid_post", layer)
             for which, seen in enumerate((states, lens.translated(states, layer))):
                 values[number, which, layer] = float(_kl(model, final, seen).mean())
-        if on_progress is not None:
-            on_progress(number + 1, len(rows))
+        watch.done(number + 1, len(rows))
     return xr.DataArray(
         values, dims=("text", "lens", "layer"), name="KL(model || lens)",
         coords={"text": range(len(rows)), "lens": ["logit", "tuned"], "layer": range(count),

@@ -12,14 +12,12 @@ from torch import Tensor
 from gptoss_workbench.experiments.sweeps.base import Base, base_bytes, read_base
 from gptoss_workbench.experiments.sweeps.cones import Cones, cones, touches
 from gptoss_workbench.experiments.sweeps.wave import Wave
+from gptoss_workbench.experiments.watch import MEMORY, Cost
 from gptoss_workbench.hooks.capture import Capture
 from gptoss_workbench.hooks.edits import Edit
 from gptoss_workbench.hooks.prompts import Prompts
 from gptoss_workbench.model.memory import available, gigabytes
 from gptoss_workbench.model.model import Model
-
-MEMORY = 1 << 30
-"""Bytes that a sweep may take beside the weights, unless told otherwise."""
 
 ROWS_TOGETHER = 8192
 """Most columns of one wave. More were not faster: each expert has its hundreds of rows, which is what counts."""
@@ -33,17 +31,17 @@ class Case:
     edits: tuple[Edit, ...]
 
 
-@dataclass(frozen=True)
-class SweepPlan:
+@dataclass(frozen=True, kw_only=True)
+class SweepPlan(Cost):
     """What a sweep will cost, known before it starts.
 
     Attributes:
+        passes, tokens, generated: see ``Cost``; ``nbytes`` by estimate.
         cases: runs that are asked for.
         prompts: runs without a case's edits, which the others start from.
         waves: how many times weights are gone through, apart from those.
         token_layers: tokens times layers that are computed, the prompts' own included.
         naive: the same for a loop of one run after the other.
-        nbytes: memory beside the weights, at most, by estimate.
         free: memory that is free now.
     """
 
@@ -52,7 +50,6 @@ class SweepPlan:
     waves: int
     token_layers: int
     naive: int
-    nbytes: int
     free: int
 
     def __str__(self) -> str:
@@ -162,10 +159,11 @@ class Engine:
                      for wave in group.waves]
             most = max(most, held + max([own, *waves]))
         mine = {case.prompt for case in self._cases}
+        computed = layers * sum(lengths[prompt] for prompt in mine) + -(-rows // 2)
         return SweepPlan(
-            len(self._cases), len(mine), sum(len(group.waves) for group in self._groups),
-            layers * sum(lengths[prompt] for prompt in mine) + -(-rows // 2),
-            layers * sum(lengths[case.prompt] for case in self._cases), most, available(self._model.device))
+            passes=len(self._cases) + len(mine), tokens=-(-computed // layers), nbytes=most, cases=len(self._cases),
+            prompts=len(mine), waves=sum(len(group.waves) for group in self._groups), token_layers=computed,
+            naive=layers * sum(lengths[case.prompt] for case in self._cases), free=available(self._model.device))
 
     # running --------------------------------------------------------------------------------------------------------
 
