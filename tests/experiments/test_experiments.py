@@ -61,10 +61,11 @@ def test_patching_reports_and_stops(tiny) -> None:
                        on_progress=lambda done, total: seen.append((done, total)), should_stop=lambda: len(seen) >= 2)
     assert plans[0].cases == 32 and plans[0].waves > 2  # two tokens come before the first that differs
     done, total = seen[-1]
-    assert len(seen) == 2 and 8 < done < total == 40 and int(np.isfinite(part).sum()) == done
+    assert len(seen) == 2 and 0 < done < total == 32 and int(np.isfinite(part).sum()) == done + 8
     assert (part.values[:, :2] == 0).all()
     whole = wb.patching(tiny, CLEAN, CORRUPT, metric=METRIC, resume=part)
     np.testing.assert_allclose(whole, wb.patching(tiny, CLEAN, CORRUPT, metric=METRIC), atol=1e-4)
+    assert part.attrs["missing"] == f"{32 - done} of 40 places" and whole.attrs["complete"]
 
 
 @pytest.mark.parametrize("clean, corrupt, site, words", [

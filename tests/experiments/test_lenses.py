@@ -173,14 +173,14 @@ def test_stopped_saved_and_resumed_is_the_same_bit_for_bit(tiny, tmp_path) -> No
     how = {"steps": 8, "batch": 3, "positions": 20}
     seen, costs = [], []
     whole = wb.tuned_lens(tiny, TEXTS, **how, on_plan=costs.append, on_progress=lambda *at: seen.append(at))
-    assert seen == [(i, 8) for i in range(1, 9)] and (costs[0].passes, costs[0].tokens) == (8, 8 * 3 * 12)
+    assert seen == [(i, 8) for i in range(1, 9)] and (costs[0].passes, costs[0].tokens) == (24, 24 * 12)
     asked = iter([False] * 3 + [True])
     part = wb.tuned_lens(tiny, TEXTS, **how, should_stop=lambda: next(asked))
     assert len(part.history) == 3
     part.save(tmp_path / "lens.safetensors")
     part = wb.TunedLens.load(tmp_path / "lens.safetensors", tiny)
     done = wb.tuned_lens(tiny, TEXTS, **how, resume=part, on_plan=costs.append)
-    assert costs[1].passes == 5 and done.digest == whole.digest and done.history.equals(whole.history)
+    assert costs[1].passes == 5 * 3 and done.digest == whole.digest and done.history.equals(whole.history)
     assert len(part.history) == 3  # what it went on from stays as it was
     with pytest.raises(ExperimentError, match="trained otherwise"):
         wb.tuned_lens(tiny, TEXTS[:-1], **how, resume=part)

@@ -133,7 +133,7 @@ def test_probes_say_their_cost_and_stop(tiny):
     plans, seen = [], []
     found = wb.probe(runs, labels, folds=3, on_plan=plans.append, on_progress=lambda *at: seen.append(at),
                      should_stop=lambda: len(seen) == 16)
-    assert plans == ["26 fits of 30 samples by 12 values"]  # 2 x (3 x 3 + 1) and 2 x 3 controls
+    assert [*map(str, plans)] == ["26 fits of 30 samples by 12 values"]  # 2 x (3 x 3 + 1) and 2 x 3 controls
     assert seen[-1] == (16, 26)
     assert np.isfinite(found["accuracy"].sel(layer=0)) and np.isnan(found["accuracy"].sel(layer=1))
     whole = []

@@ -204,7 +204,7 @@ def test_importance_equals_one_run_after_the_other(tiny, runs, mode, edit) -> No
             assert float(cell["harm"]) == pytest.approx(base - float(other[7] - other[450]), abs=SUM_F32)
         used = wb.expert_usage(run).sel(layer=[1, 3])
         np.testing.assert_allclose(found["use"].sel(prompt=number), used, atol=SUM_F32)
-    assert costs[0].passes == tried and seen[-1] == (tried + 2, tried + 2)
+    assert costs[0].at_most and tried + 2 <= costs[0].passes <= 2 * 2 * 8 + 2 and seen[-1] == (tried + 2, tried + 2)
     assert found["label"].values.tolist() == ["x", "y"]
     assert np.isfinite(found["agreement"]).all() and (abs(found["agreement"]) <= 1).all()
 
@@ -246,7 +246,7 @@ def test_importance_stops_and_goes_on(tiny, monkeypatch) -> None:
     left = []
     done = wb.expert_importance(tiny, [ONE, TWO], metric, resume=part, on_plan=left.append)
     np.testing.assert_allclose(done["harm"], whole["harm"], atol=SUM_F32)
-    assert left[0].passes == int(np.isnan(part["harm"]).sum())
+    assert left[0].passes == int(np.isnan(part["harm"]).sum()) + 2 and not left[0].at_most
     with pytest.raises(ExperimentError, match="asked something else"):
         wb.expert_importance(tiny, [ONE, TWO], metric, "route_around", resume=part)
 

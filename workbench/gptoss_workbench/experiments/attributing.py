@@ -18,7 +18,7 @@ from gptoss_workbench.experiments.attributed import Places
 from gptoss_workbench.experiments.gradients import Gradients, gradients
 from gptoss_workbench.experiments.metrics import Metric
 from gptoss_workbench.experiments.uncertainty import student_interval
-from gptoss_workbench.experiments.watch import Cost, Watch, identity, resumed
+from gptoss_workbench.experiments.watch import Cost, Watch, completeness, identity, resumed
 from gptoss_workbench.hooks.capture import capture
 from gptoss_workbench.hooks.edits import SINK, Edit, patch
 from gptoss_workbench.hooks.routing import replay_routes
@@ -43,8 +43,8 @@ class AttributionPlan(Cost):
         passes, tokens, generated, nbytes: see ``Cost``; ``passes`` are forward and backward.
         pairs: pairs of prompts.
         length: tokens of each prompt.
-        forward: forward passes at most: both prompts (once more before the checks where there are several pairs),
-            whole layers for "integrated", and checks, fewer where fewer places differ.
+        forward: forward passes: both prompts (once more before the checks where there are several pairs),
+            whole layers for "integrated", and checks, fewer where fewer places differ (``at_most``).
         backward: forward passes with a backward pass, each about three times a forward pass.
     """
 
@@ -55,7 +55,7 @@ class AttributionPlan(Cost):
 
     def __str__(self) -> str:
         pairs = "1 pair" if self.pairs == 1 else f"{self.pairs} pairs"
-        return (f"{pairs} of {self.length} tokens: at most {self.forward:,} forward passes, "
+        return (f"{pairs} of {self.length} tokens: {'at most ' * self.at_most}{self.forward:,} forward passes, "
                 f"{self.backward:,} forward and backward passes")
 
 
@@ -128,7 +128,7 @@ class Work:
         forward += int(checks.sum()) + 2 * both
         length = len(self.pairs[0][0])
         return AttributionPlan(passes=forward + backward, tokens=(forward + backward) * length, pairs=pairs,
-                               length=length, forward=forward, backward=backward)
+                               length=length, forward=forward, backward=backward, at_most=bool(begun.any()))
 
     def _unfinished(self, pair: int) -> bool:
         return any(np.isnan(values[pair]).any() for name, values in self.arrays.items() if name != "exact")
@@ -304,12 +304,16 @@ class Work:
         attrs: dict[str, object] = {
             "site": self.places.site, "by": self.places.by or "", "router": self.router, "method": self.method,
             "metric": ", ".join(dict.fromkeys(one.name for one in self.metrics)), "top": self.top,
-            "model": self.model.name, "question": self.question, "complete": False}
+            "model": self.model.name, "question": self.question}
+        finished = False
         if not np.isnan(flat["estimate"]).any():
             top, others = self.chosen()
             checks = flat["exact"][np.concatenate((top, others))]
-            if not np.isnan(checks).any():
-                attrs |= {"complete": True, **agreement(flat["estimate"], flat["exact"], top, others)}
+            finished = not np.isnan(checks).any()
+            if finished:
+                attrs |= agreement(flat["estimate"], flat["exact"], top, others)
+        passes = self.plan.passes  # at most: where places do not differ, it ends before
+        attrs |= completeness(passes if finished else min(self.done, passes - 1), passes, "passes")
         attrs["provenance"] = with_method(
             corrupt.provenance, "attribution", pairs=self.pairs, site=self.places.site, by=self.places.by,
             layers=self.places.layers, router=self.router, estimator=self.method, steps=self.steps, top=self.top,

@@ -75,7 +75,7 @@ def attribution(
         "integrated" ``total`` (layer). For lists also ``estimate_mean``, ``_low`` and ``_high`` (95 %, Student's), and
         the same of ``exact``. attrs hold the agreement over the top places: ``rank_correlation`` (Spearman),
         ``sign_agreement`` (share), and ``largest_other``, the largest exact effect found outside the top; and
-        ``complete`` and the provenance. ``wb.checked(result)`` lists what was checked.
+        ``complete`` (else what is ``missing``) and the provenance. ``wb.checked(result)`` lists what was checked.
 
     Raises:
         ExperimentError: prompts that do not face each other, a metric without a gradient, or a result to resume that

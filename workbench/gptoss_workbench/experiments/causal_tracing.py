@@ -13,10 +13,10 @@ import xarray as xr
 
 from gptoss_workbench.errors import ExperimentError
 from gptoss_workbench.experiments.metrics import Metric
-from gptoss_workbench.experiments.sweeps.engine import Case, SweepPlan
+from gptoss_workbench.experiments.sweeps.engine import Case, Engine, SweepPlan
 from gptoss_workbench.experiments.sweeps.fill import fill
-from gptoss_workbench.experiments.watch import MEMORY, Watch, identity, resumed
-from gptoss_workbench.hooks.edits import noise, patch
+from gptoss_workbench.experiments.watch import MEMORY, Watch, completeness, identity, resumed
+from gptoss_workbench.hooks.edits import Edit, noise, patch, zero
 from gptoss_workbench.hooks.prompts import Prompts
 from gptoss_workbench.hooks.selection import Indices, freeze
 from gptoss_workbench.hooks.sites import site as site_named
@@ -62,35 +62,46 @@ def causal_tracing(
     if seeds < 1 or window < 1 or not scale > 0:
         raise ExperimentError("That is no noise or no window.", expected="seeds, window and scale above 0",
                               got=f"seeds={seeds}, window={window}, scale={scale}")
-    clean = model.run(prompt, capture=[site, "embed"])
-    ids, layers = clean.ids, model.config.num_hidden_layers
+    ids, layers = model.encode(prompt), model.config.num_hidden_layers
     own = Prompts([ids], lambda: model.vocabulary, False)
     own.check(freeze(subject), [0])
     blurred_tokens = [*own.chosen(freeze(subject), 0)]
     if not blurred_tokens:
         raise ExperimentError("The subject is no token of the prompt.", expected="one token or more", got=repr(subject))
+    question = identity(model, "causal tracing", ids, metric.name, site, window, scale, seeds, blurred_tokens)
+    shape = (seeds, layers, len(ids))
+    values, watch = resumed(resume, question, shape), Watch(on_plan, on_progress, should_stop, memory)
+    spans = [range(max(0, layer - (window - 1) // 2), min(layers, layer + window // 2 + 1)) for layer in range(layers)]
+    begun = min(blurred_tokens)  # nothing is blurred before it
+    places = [([*span], token) for span in spans for token in range(begun, len(ids))]
+    found = values[:, :, begun:].reshape(1, -1)
+
+    def engine(strength: float, restored: Callable[[list[int], int], Edit]) -> Engine:
+        always = [[noise("embed", strength, seed=seed, tokens=blurred_tokens)] for seed in range(seeds)]
+        cases = [Case(seed, (restored(*place),)) for seed in range(seeds) for place in places]
+        return Engine(model, [ids] * seeds, cases, always, memory, np.isnan(found[0]))
+
+    if on_plan is not None:
+        plan = engine(1.0, lambda span, token: zero(site, layer=span, tokens=token)).plan
+        watch.plan(plan.beside([len(ids)] * (1 + seeds)))
+    clean = model.run(ids, capture=[site, "embed"])
     metric = metric.given(clean.logits[-1])
     strength = scale * float(clean.tensor("embed").float().std())
-    always = [[noise("embed", strength, seed=seed, tokens=blurred_tokens)] for seed in range(seeds)]
-    spans = [range(max(0, layer - (window - 1) // 2), min(layers, layer + window // 2 + 1)) for layer in range(layers)]
-    restore = [patch(site, clean, layer=[*span], tokens=token) for span in spans for token in range(len(ids))]
-    question = identity(model, "causal tracing", ids, metric.name, site, window, strength, seeds, blurred_tokens)
-    shape = (seeds, layers, len(ids))
-    values = resumed(resume, question, shape)
-    blurred = np.array([float(metric.of(model, model.run(ids, edits=edits).logits[-1:])) for edits in always])
-    values[:, :, :min(blurred_tokens)] = blurred[:, None, None]  # nothing is blurred there yet
-    flat = values.reshape(1, -1)
-    fill(model, [ids] * seeds, [Case(seed, (edit,)) for seed in range(seeds) for edit in restore], [[metric]] * seeds,
-         flat, Watch(on_plan, on_progress, should_stop, memory), always)
+    sweep = engine(strength, lambda span, token: patch(site, clean, layer=span, tokens=token))
+    noises = [noise("embed", strength, seed=seed, tokens=blurred_tokens) for seed in range(seeds)]
+    blurred = np.array([float(metric.of(model, model.run(ids, edits=one).logits[-1:])) for one in noises])
+    fill(model, sweep, [[metric]] * seeds, found, watch)
+    values[:, :, begun:], values[:, :, :begun] = found.reshape(seeds, layers, -1), blurred[:, None, None]
     subject_mask = np.zeros(len(ids), dtype=bool)
     subject_mask[blurred_tokens] = True
     return xr.DataArray(
-        flat.reshape(shape), dims=("noise", "layer", "token"), name=metric.name,
+        values, dims=("noise", "layer", "token"), name=metric.name,
         coords={"noise": range(seeds), "layer": range(layers), "band": ("layer", list(model.config.bands)),
                 **clean.token_coords("token"), "subject": ("token", subject_mask),
                 "blurred": ("noise", blurred.astype(np.float32))},
         attrs={"site": site, "metric": metric.name, "clean": float(metric.of(model, clean.logits[-1:])),
                "model": model.name, "question": question,
+               **completeness(int((~np.isnan(values)).sum()), values.size, "places"),
                "provenance": with_method(clean.provenance, "causal_tracing", site=site, subject=blurred_tokens,
                                          metric=metric.name, window=window, scale=scale, seeds=seeds)},
     )

@@ -11,7 +11,7 @@ import xarray as xr
 
 from gptoss_workbench.errors import ExperimentError
 from gptoss_workbench.experiments.reading import layer_numbers, read_vectors, stream_site
-from gptoss_workbench.experiments.watch import Cost, Watch
+from gptoss_workbench.experiments.watch import Cost, Watch, check_question, completeness, identity
 from gptoss_workbench.hooks.selection import Indices, freeze
 from gptoss_workbench.model.model import Model, Prompt
 from gptoss_workbench.model.provenance import with_method
@@ -23,7 +23,7 @@ FOLDS = 2
 
 def contrast(
     model: Model, positive: Sequence[Prompt], negative: Sequence[Prompt], site: str = "resid_post", *,
-    tokens: Indices = -1, method: Method = "mean", layers: Indices = None,
+    tokens: Indices = -1, method: Method = "mean", layers: Indices = None, resume: xr.DataArray | None = None,
     on_plan: Callable[[Cost], object] | None = None, on_progress: Callable[[int, int], object] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> xr.DataArray:
@@ -46,6 +46,7 @@ def contrast(
         site: one that holds vectors of the stream, e.g. resid_pre, attn.out, mlp.out.
         tokens: where to read, in the forms of ``wb.capture``; several are averaged. By default the last token.
         layers: None for all.
+        resume: an earlier result of the same question that was stopped: only the prompts that are missing are read.
         on_plan: told the ``Cost`` before anything runs; print it.
         on_progress: told (prompts read, prompts in all).
         should_stop: asked before each batch; True ends early, and the direction is made of what was read so far.
@@ -53,11 +54,13 @@ def contrast(
     Returns:
         (layer, d_model) float32. Coordinates: ``auc`` (layer), how well the direction made of one half of the prompts
         ranks the other half (0.5 is chance, NaN below four prompts of a kind), and ``norm`` (layer). attrs: site,
-        method, how many prompts were read, provenance. ``wb.steer(site, layer=3, vector=v.sel(layer=3))`` adds it,
-        ``wb.project`` takes it away, both also for one channel: ``tokens=wb.where(channel="analysis")``.
+        method, how many prompts were read, whether these were all (``complete``), provenance; when stopped, also what
+        is ``missing``, and what was read, to go on from: ``vectors`` (prompt, layer, d_model).
+        ``wb.steer(site, layer=3, vector=v.sel(layer=3))`` adds it, ``wb.project`` takes it away, both also for one
+        channel: ``tokens=wb.where(channel="analysis")``.
 
     Raises:
-        ExperimentError: too few prompts, or prompts without the chosen tokens.
+        ExperimentError: too few prompts, prompts without the chosen tokens, or ``resume`` of another question.
         SiteError: no such site or layer.
 
     Pitfalls: whatever differs between the kinds beside what you mean is in the direction too. A direction that tells
@@ -70,9 +73,20 @@ def contrast(
     shared = min(len(positive), len(negative))
     order = [*pairs, *positive[shared:], *negative[shared:]]
     kinds = np.array([True, False] * shared + [True] * (len(positive) - shared) + [False] * (len(negative) - shared))
-    values = read_vectors(model, order, site, layers=numbers, tokens=tokens,
-                          watch=Watch(on_plan, on_progress, should_stop))
+    ids = [model.encode(prompt) for prompt in order]
+    question = identity(model, "contrast", site, numbers, freeze(tokens), method, ids, kinds.tolist())
+    begun, watch = None, Watch(on_plan, on_progress, should_stop)
+    if resume is not None:
+        check_question(resume, question)
+        if resume.attrs["complete"]:
+            watch.plan(Cost(0, 0))
+            return resume.copy()
+        begun = np.asarray(resume.attrs["vectors"], np.float32).reshape(-1, len(numbers), model.config.hidden_size)
+    values = read_vectors(model, ids, site, layers=numbers, tokens=tokens, watch=watch, begun=begun)
     read = np.asarray(~np.isnan(values).any(axis=(1, 2)))
+    how_far = completeness(int(read.sum()), len(read), "prompts")
+    if not how_far["complete"]:
+        how_far["vectors"] = values[read]
     if method == "pca":
         read[: 2 * shared] &= np.repeat(read[1 : 2 * shared : 2], 2)  # a pair counts when both were read
     plus, minus = values[kinds & read], values[~kinds & read]
@@ -82,7 +96,6 @@ def contrast(
     for index in range(len(numbers)) if len(plus) and len(minus) else ():
         made[index] = direction_of(plus[:, index], minus[:, index], method)
         auc[index] = _held_out_auc(plus[:, index], minus[:, index], method)
-    ids = [model.encode(prompt) for prompt in order]
     record = with_method(model.provenance, "contrast", site=site, by=method, layers=numbers,
                          tokens=repr(freeze(tokens)), positive=[ids[i] for i in np.flatnonzero(kinds & read)],
                          negative=[ids[i] for i in np.flatnonzero(~kinds & read)])
@@ -91,7 +104,7 @@ def contrast(
         coords={"layer": numbers, "band": ("layer", [model.config.bands[layer] for layer in numbers]),
                 "auc": ("layer", auc), "norm": ("layer", np.linalg.norm(made, axis=-1))},
         attrs={"site": site, "method": method, "positive": len(plus), "negative": len(minus), "model": model.name,
-               "provenance": record},
+               "question": question, **how_far, "provenance": record},
     )
 
 

@@ -15,7 +15,7 @@ from gptoss_workbench.errors import ExperimentError
 from gptoss_workbench.experiments.metrics import Metric
 from gptoss_workbench.experiments.reading import batches
 from gptoss_workbench.experiments.uncertainty import LEVEL, mean_interval
-from gptoss_workbench.experiments.watch import Cost, Watch, identity, resumed
+from gptoss_workbench.experiments.watch import Cost, Watch, completeness, identity, resumed
 from gptoss_workbench.hooks.edits import Edit, steer
 from gptoss_workbench.hooks.selection import Indices
 from gptoss_workbench.model.generation import Generation
@@ -72,7 +72,8 @@ def dose_response(
         Dataset over ``edit`` ("steered", "random 0", ...), ``task`` ("target", then the side tasks), ``scale`` and
         ``prompt``: ``value`` (edit, task, scale, prompt), NaN beyond a task's prompts; ``mean``, ``low``, ``high``
         (edit, task, scale), with a 95 % bootstrap interval over prompts; ``change``, ``change_low``, ``change_high``,
-        the same of each prompt's difference from scale 0.
+        the same of each prompt's difference from scale 0. attrs: whether it is ``complete``, else what is ``missing``;
+        the provenance.
 
     Raises:
         ExperimentError: nothing to run, ``what`` is neither a direction nor a function, ``controls`` without one, or
@@ -89,7 +90,7 @@ def dose_response(
     watch = Watch(on_plan, on_progress, should_stop)
     longest = max(len(task.rows) for task in tasks)
     question = identity(model, doses, [_as_list(edit(dose)) for edit in edits.values() for dose in doses if dose],
-                        [(task.name, task.rows, _name(task.measure)) for task in tasks], max_tokens)
+                        [(task.name, task.rows, _asked(task.measure)) for task in tasks], max_tokens)
     values = resumed(resume, question, (len(edits), len(tasks), len(doses), longest), "value", np.float64)
     zero = doses.index(0.0)
     order = sorted(range(len(doses)), key=lambda at: (at != zero, at))  # first what all is measured against
@@ -107,7 +108,8 @@ def dose_response(
         done += len(batch)
         watch.done(done, total)
     values[1:, :, zero] = values[0, :, zero]
-    return _dataset(model, values, [*edits], tasks, doses, seed, dict(
+    how_far = completeness(done, total, "prompts and doses")
+    return _dataset(model, values, [*edits], tasks, doses, seed, how_far, dict(
         what=repr(what.attrs.get("method", what.name)) if isinstance(what, xr.DataArray) else _name(what),
         example=[repr(edit) for edit in _as_list(edits[STEERED](1.0))], metric=_name(metric), controls=controls,
         seed=seed, max_tokens=max_tokens, prompts={task.name: task.rows for task in tasks}), question)
@@ -115,7 +117,7 @@ def dose_response(
 
 def _dataset(
     model: Model, values: np.ndarray, edits: list[str], tasks: list[_Task], doses: list[float], seed: int,
-    arguments: dict[str, Any], question: str,
+    how_far: dict[str, object], arguments: dict[str, Any], question: str,
 ) -> xr.Dataset:
     apart = values - values[:, :, [doses.index(0.0)]]
     parts: dict[str, Any] = {"value": (("edit", "task", "scale", "prompt"), values)}
@@ -127,7 +129,7 @@ def _dataset(
         parts, coords={"edit": edits, "task": [task.name for task in tasks], "scale": doses,
                        "metric": ("task", [_name(task.measure) for task in tasks]),
                        "count": ("task", [len(task.rows) for task in tasks])},
-        attrs={"level": LEVEL, "model": model.name, "question": question,
+        attrs={"level": LEVEL, "model": model.name, "question": question, **how_far,
                "provenance": with_method(model.provenance, "dose_response", scales=doses, **arguments)},
     )
 
@@ -204,6 +206,10 @@ def _cost(tasks: Sequence[_Task], left: Sequence[tuple[int, int, int, range]], m
     rows = [(tasks[index], tasks[index].rows[number]) for _, _, index, batch in left for number in batch]
     answered = sum(not isinstance(task.measure, Metric) for task, _ in rows)
     return Cost(len(rows), sum(len(row) for _, row in rows), generated=answered * max_tokens)
+
+
+def _asked(measure: Measure) -> object:
+    return measure.name if isinstance(measure, Metric) else measure
 
 
 def _name(measure: object) -> str:

@@ -11,16 +11,17 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from gptoss_workbench.errors import ExperimentError
+from gptoss_workbench.errors import ExperimentError, SiteError
 from gptoss_workbench.experiments.metrics import Metric
-from gptoss_workbench.experiments.parts import columns
 from gptoss_workbench.experiments.rows import token_log_probs
-from gptoss_workbench.experiments.watch import Cost, Watch, identity, resumed
+from gptoss_workbench.experiments.watch import Cost, Watch, completeness, identity, resumed
 from gptoss_workbench.hooks.capture import Capture
 from gptoss_workbench.hooks.edits import Edit
+from gptoss_workbench.hooks.prompts import Prompts
 from gptoss_workbench.hooks.routing import route_around, silence_experts
 from gptoss_workbench.hooks.selection import Indices, freeze, resolve
 from gptoss_workbench.model.cache import KVCache
+from gptoss_workbench.model.config import ModelConfig
 from gptoss_workbench.model.model import Model, Prompt
 from gptoss_workbench.model.provenance import with_method
 from gptoss_workbench.model.run import Run
@@ -49,8 +50,8 @@ def expert_importance(
         tokens: where the expert is taken away, and where its use is counted, in prompt and completion; None for all.
         labels: a name for each prompt's kind, put beside ``prompt``, for ``.groupby("label").mean()``.
         resume: an earlier result of the same question, stopped or not: only what is NaN in it is computed.
-        on_plan: told the cost once it is known, after one pass a prompt and before all others.
-        on_progress: called with (passes done, passes in all), the prompts' own included.
+        on_plan: told the ``Cost`` before anything runs: at most so much, since who serves is known only then.
+        on_progress: called with (prompts and cases done, in all).
         should_stop: asked before each batch; True ends early and leaves NaN where nothing was computed.
 
     Returns:
@@ -58,6 +59,7 @@ def expert_importance(
         the expert serves none of the tokens (exactly, it need not be tried); ``use``, its mean share of the router's
         weight over the tokens. ``value`` (prompt): metric or loss with every expert. ``agreement`` (layer): Spearman's
         rank correlation of the two, each averaged over the prompts, NaN where one of them is constant or unknown.
+        attrs: whether it is ``complete``, else what is ``missing``; the provenance.
 
     Raises:
         ExperimentError: an unknown mode, completions or labels that do not fit, or ``resume`` of another question.
@@ -78,23 +80,27 @@ def expert_importance(
     name = metric if isinstance(metric, str) else metric.name
     question = identity(model, "expert importance", rows, starts, name, mode, wanted, who, freeze(tokens))
     harm = resumed(resume, question, (len(wanted), len(who), len(rows)), "harm")
+    watch = Watch(on_plan, on_progress, should_stop)
+    chosen = [_chosen(model, row, tokens) for row in rows]
+    watch.plan(_cost(harm, rows, chosen, config))
     use, value = np.zeros_like(harm), np.zeros(len(rows), dtype=np.float32)
-    bases, todo = [], []
+    bases, cases = [], []
     for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
         run = model.run(row, capture="router")
-        at = columns(run, tokens)
-        base = _Base(run, start, tuple(run.positions[column] for column in at))
+        at = chosen[number]
+        base = _Base(run, start, tuple(at))
         bases.append(base)
         value[number] = float(base.values(model, run.hidden[None, base.begin:], metric)[0])
         received = _received(run, at, config.num_local_experts)[np.ix_(wanted, who)]
         use[:, :, number] = received
-        blank = np.isnan(harm[:, :, number])
-        harm[:, :, number][blank & (received == 0)] = 0
-        todo += [(number, int(i), int(j)) for i, j in np.argwhere(blank & (received > 0))]
-    watch = Watch(on_plan, on_progress, should_stop)
-    watch.plan(Cost(len(todo), sum(len(rows[number]) - bases[number].begin for number, _, _ in todo)))
-    done, current, prefix = len(rows), -1, model.new_cache(1)
-    for batch in _batches(todo, rows):
+        harm[:, :, number][received == 0] = 0
+        cases += [(number, int(i), int(j)) for i, j in np.argwhere(received > 0)]
+    # The batches are those of all cases, so that one that is left gives the bits that it would have given.
+    left = [batch for batch in _batches(cases, rows) if any(np.isnan(harm[i, j, number]) for number, i, j in batch)]
+    total = len(rows) + len(cases)
+    done, current, prefix = total - sum(map(len, left)), -1, model.new_cache(1)
+    watch.done(done, total)
+    for batch in left:
         if watch.stopped():
             break
         number = batch[0][0]
@@ -107,7 +113,7 @@ def expert_importance(
         for (_, i, j), other in zip(batch, changed, strict=True):
             harm[i, j, number] = other - value[number] if metric == "loss" else value[number] - other
         done += len(batch)
-        watch.done(done, len(rows) + len(todo))
+        watch.done(done, total)
     dims = ("layer", "expert", "prompt")
     record = with_method(bases[0].run.provenance, "expert_importance", metric=name, mode=mode, prompts=rows,
                          completions_from=starts, tokens=repr(freeze(tokens)))
@@ -117,7 +123,8 @@ def expert_importance(
         coords={"layer": wanted, "band": ("layer", [config.bands[layer] for layer in wanted]), "expert": who,
                 "prompt": range(len(rows)),
                 **({} if labels is None else {"label": ("prompt", np.array(list(labels), dtype=object))})},
-        attrs={"model": model.name, "metric": name, "mode": mode, "question": question, "provenance": record},
+        attrs={"model": model.name, "metric": name, "mode": mode, "question": question,
+               **completeness(int((~np.isnan(harm)).sum()), harm.size, "cases"), "provenance": record},
     )
 
 
@@ -185,6 +192,32 @@ class _Base:
         before = self.run.hidden[self.start - 1:self.begin]
         after = hidden[:, max(0, self.start - 1 - self.begin):-1]
         return torch.stack([-token_log_probs(model, torch.cat((before, states)), ids).mean() for states in after])
+
+
+def _chosen(model: Model, row: list[int], tokens: Indices) -> list[int]:
+    """The positions where experts are taken away."""
+    prompt, selection = Prompts([row], lambda: model.vocabulary, open_ended=False), freeze(tokens)
+    prompt.check(selection, [0])
+    found = [*prompt.chosen(selection, 0)]
+    if not found:
+        raise SiteError("A prompt has none of the chosen tokens.", expected="one or more in each",
+                        got=f"{tokens!r}: none in {model.decode(row)!r}"[:200])
+    return found
+
+
+def _cost(harm: np.ndarray, rows: list[list[int]], chosen: list[list[int]], config: ModelConfig) -> Cost:
+    """Each prompt once, what stands before the first chosen token once more, and what is left without each expert."""
+    passes, tokens = len(rows), sum(map(len, rows))
+    fixed = True
+    for number, (row, at) in enumerate(zip(rows, chosen, strict=True)):
+        blank = np.isnan(harm[:, :, number])
+        known = bool((~blank).any())  # then those who do not serve are known too
+        most = blank.sum(1) if known else np.minimum(blank.sum(1), config.num_experts_per_tok * len(at))
+        fixed &= known or (len(at) == 1 and harm.shape[1] == config.num_local_experts)
+        cases, begin = int(most.sum()), min(at)
+        passes += cases + (cases > 0 and begin > 0)
+        tokens += cases * (len(row) - begin) + (cases > 0) * begin
+    return Cost(passes, tokens, at_most=not fixed)
 
 
 def _received(run: Run, at: list[int], experts: int) -> np.ndarray:

@@ -15,10 +15,11 @@ import xarray as xr
 
 from gptoss_workbench.errors import ExperimentError
 from gptoss_workbench.experiments.metrics import Metric, names_of
-from gptoss_workbench.experiments.places import Grid, edits_of, grid
-from gptoss_workbench.experiments.sweeps.engine import Case, SweepPlan
+from gptoss_workbench.experiments.places import Grid, edits_of, grid, outlines
+from gptoss_workbench.experiments.sweeps.engine import Case, Engine, SweepPlan
 from gptoss_workbench.experiments.sweeps.fill import fill
-from gptoss_workbench.experiments.watch import MEMORY, Watch, identity, resumed
+from gptoss_workbench.experiments.watch import MEMORY, Watch, completeness, identity, resumed
+from gptoss_workbench.hooks.edits import Edit
 from gptoss_workbench.hooks.selection import Indices
 from gptoss_workbench.model.model import Model, Prompt, _as_batch
 from gptoss_workbench.model.provenance import with_method
@@ -55,16 +56,18 @@ def patching(
         direction: "denoise" puts clean values into the corrupt run (what suffices to bring the answer back), "noise"
             corrupt values into the clean run (what is needed for it).
         layers, tokens, heads, kv_heads, experts, neurons: which of them; None for all.
-        resume: an earlier result of the same question: only what is NaN in it is computed.
-        on_plan: called with the cost (``SweepPlan``) once the prompts were read, before any place is patched.
-        on_progress: called with (places done, places in all).
+        resume: an earlier result of the same question: only what is NaN in it is computed. With the same ``memory``
+            the result has the bits of one that was never stopped.
+        on_plan: called with the cost (``SweepPlan``, the prompts' own runs included) before anything runs.
+        on_progress: called with (places patched, places to patch: those that can differ).
         should_stop: asked between layers; True ends early and leaves NaN where nothing was computed.
         memory: bytes to stay within beside the weights.
 
     Returns:
         float32 with the dimensions of ``by``, ``pair`` before them for lists and ``metric`` before that for several.
         Tokens of a pair carry the clean prompt's labels, ``corrupt_text`` beside them. attrs hold the metrics' names
-        and their values for clean and corrupt, and the provenance as JSON. ``wb.summarize`` takes the mean over pairs
+        and their values for clean and corrupt, whether it is ``complete`` (else what is ``missing``), and the
+        provenance as JSON. ``wb.summarize`` takes the mean over pairs
         with a confidence interval and a permutation test.
 
     Raises:
@@ -90,9 +93,27 @@ def patching(
     if any(one.shape != where[0].shape for one in where):
         raise ExperimentError("The pairs have different lengths, so their tokens don't face each other.",
                               expected='equally long pairs, or tokens= of all, or by= without "token"', got=lengths)
-    runs = [[model.run(ids, capture=one.captures) for ids in pair] for pair, one in zip(pairs, where, strict=True)]
     several = not isinstance(metric, Metric) and not callable(metric)
-    per_pair = [[one.given(runs[pair][0].logits[-1]) for one in _metrics(metric, pair)] for pair in range(len(pairs))]
+    asked = [_metrics(metric, pair) for pair in range(len(pairs))]
+    names = [one.name for one in asked[0]]
+    full = (len(names), len(pairs), *where[0].shape)
+    question = identity(model, "patching", pairs, where, [[one.name for one in some] for some in asked], direction,
+                        normalize)
+    earlier = resumed(resume, question, full).reshape(len(names), -1)
+    same = np.concatenate([_same_past(*pair, one) for pair, one in zip(pairs, where, strict=True)])
+    at = np.flatnonzero(~same)  # what is to be patched, of all places of all pairs
+    into = [pair[1 if direction == "denoise" else 0] for pair in pairs]
+    wanted, watch = np.any(np.isnan(earlier[:, at]), axis=0), Watch(on_plan, on_progress, should_stop, memory)
+
+    def engine(edits: Sequence[Sequence[Edit]]) -> Engine:
+        every = [Case(number, (edit,)) for number, some in enumerate(edits) for edit in some]
+        return Engine(model, into, [every[one] for one in at], memory=memory, wanted=wanted)
+
+    if on_plan is not None:
+        plan = engine([outlines(one) for one in where]).plan
+        watch.plan(plan.beside([len(ids) for pair in pairs for ids in pair]))
+    runs = [[model.run(ids, capture=one.captures) for ids in pair] for pair, one in zip(pairs, where, strict=True)]
+    per_pair = [[one.given(runs[pair][0].logits[-1]) for one in some] for pair, some in enumerate(asked)]
     ends = np.array([[[float(one.of(model, run.logits[-1:])) for run in runs[pair]] for pair, one in
                       enumerate(column)] for column in zip(*per_pair, strict=True)])  # (metric, pair, clean or corrupt)
     if normalize and (ends[..., 0] == ends[..., 1]).any():
@@ -104,18 +125,16 @@ def patching(
     start, goal = (ends[..., 1], ends[..., 0]) if direction == "denoise" else (ends[..., 0], ends[..., 1])
     spread = (slice(None), slice(None), *(None,) * len(where[0].shape))
     base, scale = (start[spread], (goal - start)[spread]) if normalize else (0.0, 1.0)
-    full = (len(ends), len(pairs), *where[0].shape)
     shape = (*full[:1][: int(several)], *full[1:2][: int(not alone)], *full[2:])
-    names = [one.name for one in per_pair[0]]
-    question = identity(model, "patching", pairs, where, names, direction, normalize)
-    values = resumed(resume, question, full) * scale + base
-    _same_past(values, start, pairs, where)
-    into = [pair[1 if direction == "denoise" else 0] for pair in pairs]
-    cases = [Case(number, (edit,)) for number, (pair, one) in enumerate(zip(runs, where, strict=True)) for edit in
-             edits_of(model, one, *(pair if direction == "denoise" else pair[::-1]))]
-    flat = values.reshape(len(ends), -1).astype(np.float32)
-    fill(model, into, cases, per_pair, flat, Watch(on_plan, on_progress, should_stop, memory))
-    found = ((flat.reshape(full) - base) / scale).astype(np.float32).reshape(shape)
+    values = np.repeat(start, int(np.prod(where[0].shape)), axis=1).astype(np.float32)  # (metric, pair and place)
+    values[:, at] = np.where(wanted, np.nan, 0)
+    patched = values[:, at]
+    fill(model, engine([edits_of(model, one, *(pair if direction == "denoise" else pair[::-1]))
+                        for pair, one in zip(runs, where, strict=True)]), per_pair, patched, watch)
+    values[:, at] = patched
+    made = ((values.reshape(full) - base) / scale).astype(np.float32).reshape(len(names), -1)
+    made[:, at] = np.where(wanted, made[:, at], earlier[:, at])
+    found = made.reshape(shape)
     dims = (*("metric",) * several, *("pair",) * (not alone), *where[0].by)
     one_value = alone and not several
     arguments: dict[str, Any] = {"clean": pairs[0][0] if alone else [pair[0] for pair in pairs], "site": site,
@@ -131,6 +150,7 @@ def patching(
                "clean": float(ends[0, 0, 0]) if one_value else ends[..., 0].tolist(),
                "corrupt": float(ends[0, 0, 1]) if one_value else ends[..., 1].tolist(),
                "model": model.name, "question": question,
+               **completeness(int((~np.isnan(made)).all(0).sum()), made.shape[1], "places"),
                "provenance": with_method(runs[0][1].provenance, "patching", **arguments)},
     )
 
@@ -161,14 +181,10 @@ def _metrics(metric: Metrics, pair: int) -> list[Metric]:
     return [metric(pair)] if callable(metric) else list(metric)
 
 
-def _same_past(values: np.ndarray, start: np.ndarray, pairs: Sequence[tuple[list[int], list[int]]],
-               where: Sequence[Grid]) -> None:
-    """Where all tokens of a place come before the first that differs, both runs hold the same: nothing can change."""
-    for number, ((one, other), places) in enumerate(zip(pairs, where, strict=True)):
-        first = next((at for at, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
-        early = [max(place.get("token", (len(one),))) < first for place in places.places()]
-        own = np.array(early, dtype=bool).reshape(places.shape)
-        values[:, number, own] = start[:, number, None]
+def _same_past(one: Sequence[int], other: Sequence[int], where: Grid) -> np.ndarray:
+    """Which places have all their tokens before the first that differs, (place,) bool: nothing can change there."""
+    first = next((at for at, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
+    return np.array([max(place.get("token", (len(one),))) < first for place in where.places()], dtype=bool)
 
 
 def _coords(

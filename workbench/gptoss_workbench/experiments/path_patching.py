@@ -20,10 +20,10 @@ from gptoss_workbench.errors import ExperimentError
 from gptoss_workbench.experiments.metrics import Metric
 from gptoss_workbench.experiments.parts import head_outputs, slot_outputs
 from gptoss_workbench.experiments.patching import _pairs
-from gptoss_workbench.experiments.sweeps.engine import Case, SweepPlan
+from gptoss_workbench.experiments.sweeps.engine import Case, Engine, SweepPlan
 from gptoss_workbench.experiments.sweeps.fill import fill
-from gptoss_workbench.experiments.watch import MEMORY, Watch, identity, resumed
-from gptoss_workbench.hooks.edits import Edit, add, set
+from gptoss_workbench.experiments.watch import MEMORY, Watch, completeness, identity, resumed
+from gptoss_workbench.hooks.edits import Edit, add, set, zero
 from gptoss_workbench.model.model import Model, Prompt
 from gptoss_workbench.model.provenance import with_method
 from gptoss_workbench.model.run import Run
@@ -92,7 +92,8 @@ def path_patching(
 
     Returns:
         (sender, receiver) float32, NaN where the receiver reads before the sender writes, or an expert receives that
-        serves no token of the corrupt run.
+        serves no token of the corrupt run. attrs as for
+        ``wb.patching``.
 
     Raises:
         ExperimentError: no such node, prompts that differ in length, or a metric that is the same for both.
@@ -108,31 +109,39 @@ def path_patching(
                     for some, allowed in ((senders, _SENDERS), (receivers, _RECEIVERS)))
     capture = ["embed", "attn.z", "attn.out", "mlp.out", "resid_pre", "resid_mid", "resid_post", "router.experts",
                "router.weights", "expert.out"]
+    edges = [(row, column) for row, sender in enumerate(sends) for column, receiver in enumerate(hears)
+             if receiver.depth(layers) > sender.depth(layers)]
+    question = identity(model, "path patching", pair, [*map(str, sends)], [*map(str, hears)], metric.name, normalize)
+    earlier = resumed(resume, question, (len(sends), len(hears)))
+    watch = Watch(on_plan, on_progress, should_stop, memory)
+
+    def engine(at: Sequence[tuple[int, int]], edits: Sequence[Sequence[Edit]]) -> Engine:
+        wanted = np.array([np.isnan(earlier[edge]) for edge in at], dtype=bool)
+        return Engine(model, [pair[1]], [Case(0, tuple(some)) for some in edits], memory=memory, wanted=wanted)
+
+    if on_plan is not None:
+        plan = engine(edges, [_outline(hears[column], layers) for _, column in edges]).plan
+        watch.plan(plan.beside([len(ids) for ids in pair]))
     runs = [model.run(ids, capture=capture) for ids in pair]
     metric = metric.given(runs[0].logits[-1])
     ends = [float(metric.of(model, run.logits[-1:])) for run in runs]
     if normalize and ends[0] == ends[1]:
         raise ExperimentError("The metric is the same for both prompts, so nothing can be recovered.",
                               expected="prompts that differ in the metric", got=f"{ends[0]:.4g} for both")
-    question = identity(model, "path patching", pair, [*map(str, sends)], [*map(str, hears)], metric.name, normalize)
     scale, base = (ends[0] - ends[1], ends[1]) if normalize else (1.0, 0.0)
-    values = (resumed(resume, question, (len(sends), len(hears))) * scale + base).astype(np.float32).reshape(1, -1)
-    cases, at = [], []
-    for row, sender in enumerate(sends):
-        delta = _written(model, runs[0], sender) - _written(model, runs[1], sender)
-        for column, receiver in enumerate(hears):
-            edits = _hear(model, runs[1], receiver, delta) if receiver.depth(layers) > sender.depth(layers) else []
-            if edits:
-                cases.append(Case(0, tuple(edits)))
-                at.append(row * len(hears) + column)
-    found = values[:, at]
-    fill(model, [pair[1]], cases, [[metric]], found, Watch(on_plan, on_progress, should_stop, memory))
-    values[:, at] = found
+    written = [_written(model, runs[0], sender) - _written(model, runs[1], sender) for sender in sends]
+    heard = {(row, column): edits for row, column in edges
+             if (edits := _hear(model, runs[1], hears[column], written[row]))}
+    rows, columns = [row for row, _ in heard], [column for _, column in heard]
+    found = np.where(np.isnan(earlier[rows, columns]), np.nan, 0).astype(np.float32)[None]
+    fill(model, engine([*heard], [*heard.values()]), [[metric]], found, watch)
+    values = earlier.copy()
+    values[rows, columns] = np.where(np.isnan(values[rows, columns]), (found[0] - base) / scale, values[rows, columns])
     return xr.DataArray(
-        ((values - base) / scale).reshape(len(sends), len(hears)).astype(np.float32), dims=("sender", "receiver"),
-        name="recovered" if normalize else metric.name,
+        values, dims=("sender", "receiver"), name="recovered" if normalize else metric.name,
         coords={"sender": _names(sends), "receiver": _names(hears)},
         attrs={"metric": metric.name, "clean": ends[0], "corrupt": ends[1], "model": model.name, "question": question,
+               **completeness(int((~np.isnan(found)).sum()), found.size, "edges"),
                "provenance": with_method(runs[1].provenance, "path_patching", clean=pair[0], metric=metric.name,
                                          senders=[*map(str, sends)], receivers=[*map(str, hears)],
                                          normalize=normalize)},
@@ -154,6 +163,17 @@ def _written(model: Model, run: Run, node: Node) -> Tensor:
         return (shares * (served == node.index).unsqueeze(-1)).sum(1)
     site = {"embed": "embed", "attn": "attn.out", "mlp": "mlp.out"}[node.kind]
     return run.tensor(site, None if node.kind == "embed" else node.layer).float()
+
+
+def _outline(node: Node, layers: int) -> list[Edit]:
+    """Edits where those of ``_hear`` act, at most."""
+    if node.kind == "logits":
+        return [zero("resid_post", layer=layers - 1)]
+    if node.kind in ("q", "k", "v"):
+        return [zero(f"attn.{node.kind}", layer=node.layer, **{"head" if node.kind == "q" else "kv_head": node.index})]
+    if node.kind == "expert":
+        return [zero("expert.gate", layer=node.layer, expert=node.index)]
+    return [zero("mlp.norm" if node.kind == "mlp" else "router.logits", layer=node.layer)]
 
 
 def _hear(model: Model, run: Run, node: Node, delta: Tensor) -> list[Edit]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptoss_kernels.mxfp4 import Mxfp4Tensor, dequantize
 from gptoss_workbench.errors import ExperimentError
-from gptoss_workbench.hooks.edits import Edit, add, patch
+from gptoss_workbench.hooks.edits import Edit, add, patch, zero
 from gptoss_workbench.hooks.selection import Indices, freeze, resolve
 from gptoss_workbench.hooks.sites import site as site_named
 from gptoss_workbench.model.model import Model
@@ -95,10 +96,20 @@ def edits_of(model: Model, where: Grid, source: Run, target: Run) -> list[Edit]:
     if where.site in SHARES:
         shares = _Shares(model, where.site, source, target)
         return [shares.edit(place) for place in where.places()]
+    return [patch(where.site, source, **_selected(place)) for place in where.places()]
+
+
+def outlines(where: Grid) -> list[Edit]:
+    """Edits at the places of ``edits_of``, known before there are runs to take values from. They cost the same."""
+    if where.site in SHARES:
+        within = [{dim: some for dim, some in place.items() if dim in ("layer", "token")} for place in where.places()]
+        return [zero("mlp.out", **_selected(place)) for place in within]
+    return [zero(where.site, **_selected(place)) for place in where.places()]
+
+
+def _selected(place: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     names = {"token": "tokens"}
-    return [patch(where.site, source, **{names.get(dim, dim): indices[0] if len(indices) == 1 else indices
-                                         for dim, indices in place.items()})  # type: ignore[arg-type]
-            for place in where.places()]
+    return {names.get(dim, dim): indices[0] if len(indices) == 1 else indices for dim, indices in place.items()}
 
 
 class _Shares:

@@ -6,6 +6,7 @@ rather than what was made of them. So every result stands beside its controls.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import xarray as xr
 from gptoss_workbench.errors import ExperimentError, SiteError, WorkbenchError
 from gptoss_workbench.experiments.reading import stream_site
 from gptoss_workbench.experiments.uncertainty import LEVEL, mean_interval
+from gptoss_workbench.experiments.watch import Cost, Watch, completeness, identity, resumed
 from gptoss_workbench.hooks.prompts import Prompts
 from gptoss_workbench.hooks.selection import Indices, freeze
 from gptoss_workbench.model.provenance import with_method
@@ -24,6 +26,25 @@ from gptoss_workbench.model.run import Run
 
 STRENGTH = 1.0  # inverse of the L2 penalty on standardised values: scikit-learn's own default
 MOST_STEPS = 1000
+BY_LAYER = ("accuracy", "accuracy_low", "accuracy_high", "auc", "auc_low", "auc_high", "shuffled", "control_task")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fits(Cost):
+    """What probing costs. The model is not run.
+
+    Attributes:
+        passes, tokens: see ``Cost``; 0.
+        fits: regressions.
+        samples, width: how many samples of how many values each learns from, at most.
+    """
+
+    fits: int
+    samples: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.fits} fits of {self.samples} samples by {self.width} values"
 
 
 @dataclass(frozen=True)
@@ -36,12 +57,20 @@ class _Samples:
     types: np.ndarray
     tokens: list[tuple[int, ...]]
 
+    @property
+    def digest(self) -> str:
+        """sha256 of all of it."""
+        said = hashlib.sha256(repr([self.labels.tolist(), self.groups.tolist(), self.types.tolist(),
+                                    self.tokens, self.values.shape]).encode())
+        said.update(np.ascontiguousarray(self.values).tobytes())
+        return said.hexdigest()
+
 
 def probe(
     runs: Sequence[Run], labels: Sequence[Any], *, site: str = "resid_post", layers: Sequence[int] | int | None = None,
     tokens: Indices = -1, groups: Sequence[Hashable] | None = None, folds: int = 5, seed: int = 0,
-    on_plan: Callable[[str], object] | None = None, on_progress: Callable[[int, int], object] | None = None,
-    should_stop: Callable[[], bool] | None = None,
+    resume: xr.Dataset | None = None, on_plan: Callable[[Fits], object] | None = None,
+    on_progress: Callable[[int, int], object] | None = None, should_stop: Callable[[], bool] | None = None,
 ) -> xr.Dataset:
     """How well a linear probe tells labels at each layer, in prompts it has not seen, beside its controls.
 
@@ -67,19 +96,22 @@ def probe(
             all tokens of a run. Give groups where prompts share a template, a person or a fact.
         folds: of the cross-validation; fewer where a class has fewer groups.
         seed: of folds, shuffles and noise.
-        on_plan: told how many fits it will take, before the first; the model itself is not run.
+        resume: an earlier result of the same question, stopped or not: only what is NaN in it is fitted.
+        on_plan: told how many fits it will take (``Fits``), before the first; the model itself is not run.
         on_progress: told (fits done, fits in all).
-        should_stop: asked before each fit; True ends early and leaves NaN.
+        should_stop: asked before each fit; True ends early and leaves NaN for what was not fitted on every fold.
 
     Returns:
         Dataset over ``layer``: accuracy, accuracy_low, accuracy_high (95 % bootstrap over groups); auc, auc_low,
         auc_high (two classes; else NaN); shuffled, control_task, selectivity; ``direction`` (layer, class, d_model), in
         the units of the site, one class for two labels (towards the second), and ``intercept`` (layer, class), fitted
-        to all samples. Without a layer: random, token_identity, majority. attrs: classes, samples, groups, provenance.
+        to all samples. Without a layer: random, token_identity, majority. attrs: classes, samples, groups, whether it
+        is ``complete`` (else what is ``missing``), provenance.
 
     Raises:
         WorkbenchError: scikit-learn is not installed.
-        ExperimentError: labels that don't fit the runs, one class alone, or too few groups to hold any out.
+        ExperimentError: labels that don't fit the runs, one class alone, too few groups to hold any out, or ``resume``
+            of another question.
         SiteError: a run lacks the site, a layer or a token.
 
     Pitfalls: with many layers the best one is best by chance too; decide the layer on other prompts. Accuracy means
@@ -88,50 +120,60 @@ def probe(
     sklearn()
     runs = [*runs]
     samples, numbers = _samples(runs, labels, stream_site(site), layers, tokens, groups)
+    model = runs[0].model
     classes, wanted = np.unique(samples.labels, return_inverse=True)
     splits = _splits(samples, wanted, folds, seed)
     draw = np.random.default_rng(seed)
     shuffled, control = draw.permutation(wanted), _by_type(wanted, samples.types, draw)
-    total = (3 * len(splits) + 1) * len(numbers) + 2 * len(splits)
-    if on_plan is not None:
-        on_plan(f"{total} fits of {len(wanted)} samples by {samples.values.shape[-1]} values")
-    clock = _Clock(total, on_progress, should_stop)
+    noise = draw.standard_normal(samples.values[:, 0].shape).astype(np.float32)
+    question = identity(model, "probe", site, numbers, samples.digest, folds, seed)
+    count, width, sides = len(numbers), samples.values.shape[-1], 1 if len(classes) == 2 else len(classes)
+    found = {name: resumed(resume, question, (count,), name, np.float64) for name in BY_LAYER}
+    flat = {name: resumed(resume, question, (), name, np.float64) for name in ("random", "token_identity")}
+    normals = resumed(resume, question, (count, sides, width), "direction")
+    intercepts = resumed(resume, question, (count, sides), "intercept")
+
+    def left() -> int:
+        folded = (*flat.values(), *(found[name] for name in ("accuracy", "shuffled", "control_task")))
+        return sum(int(np.isnan(some).sum()) for some in folded) * len(splits) + int(np.isnan(intercepts[:, 0]).sum())
+
+    total = (3 * len(splits) + 1) * count + 2 * len(splits)
+    watch = Watch(on_plan, on_progress, should_stop)
+    watch.plan(Fits(0, 0, fits=left(), samples=len(wanted), width=width))
+    clock = _Clock(total - left(), total, watch)
 
     def accuracy(values: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return _held_out(values, truth, len(classes), splits, clock)
 
-    names = ("accuracy", "accuracy_low", "accuracy_high", "auc", "auc_low", "auc_high", "shuffled", "control_task")
-    found = {name: np.full(len(numbers), np.nan) for name in names}
-    sides = 1 if len(classes) == 2 else len(classes)
-    normals = np.full((len(numbers), sides, samples.values.shape[-1]), np.nan, dtype=np.float32)
-    intercepts = np.full((len(numbers), sides), np.nan, dtype=np.float32)
-    noise = draw.standard_normal(samples.values[:, 0].shape).astype(np.float32)
-    flat = {"random": float(accuracy(noise, wanted)[0].mean()),
-            "token_identity": float(accuracy(_one_hot(samples.tokens), wanted)[0].mean()),
-            "majority": float(np.bincount(wanted).max() / len(wanted))}
-    for index in range(len(numbers)):
+    for name, values in (("random", noise), ("token_identity", _one_hot(samples.tokens))):
+        if np.isnan(flat[name]):
+            flat[name][...] = accuracy(values, wanted)[0].mean()
+    for index in range(count):
         values = samples.values[:, index]
-        right, scores = accuracy(values, wanted)
-        found["accuracy"][index], found["accuracy_low"][index], found["accuracy_high"][index] = mean_interval(
-            right, samples.groups.tolist(), seed=seed)
-        if len(classes) == 2:
-            found["auc"][index], found["auc_low"][index], found["auc_high"][index] = _auc_interval(
-                scores, wanted, samples.groups, seed)
-        found["shuffled"][index] = accuracy(values, shuffled)[0].mean()
-        found["control_task"][index] = accuracy(values, control)[0].mean()
-        if clock.goes_on():
+        if np.isnan(found["accuracy"][index]):
+            right, scores = accuracy(values, wanted)
+            for name, value in zip(BY_LAYER[:3], mean_interval(right, samples.groups.tolist(), seed=seed), strict=True):
+                found[name][index] = value
+            if len(classes) == 2:
+                ends = _auc_interval(scores, wanted, samples.groups, seed)
+                found["auc"][index], found["auc_low"][index], found["auc_high"][index] = ends
+        for name, truth in (("shuffled", shuffled), ("control_task", control)):
+            if np.isnan(found[name][index]):
+                found[name][index] = accuracy(values, truth)[0].mean()
+        if np.isnan(intercepts[index, 0]) and clock.goes_on():
             normals[index], intercepts[index] = fit(values, wanted)
     per_layer = {name: ("layer", values) for name, values in found.items()}
     per_layer["selectivity"] = ("layer", found["accuracy"] - found["control_task"])
-    model = runs[0].model
     towards = [str(one) for one in (classes[1:] if len(classes) == 2 else classes)]
     return xr.Dataset(
         {**per_layer, **{name: ((), value) for name, value in flat.items()},
+         "majority": ((), np.bincount(wanted).max() / len(wanted)),
          "direction": (("layer", "class", "d_model"), normals), "intercept": (("layer", "class"), intercepts)},
         coords={"layer": numbers, "band": ("layer", [model.config.bands[layer] for layer in numbers]),
                 "class": towards},
         attrs={"site": site, "classes": [str(one) for one in classes], "samples": len(wanted), "level": LEVEL,
                "groups": len(np.unique(samples.groups)), "folds": len(splits), "model": model.name,
+               "question": question, **completeness(total - left(), total, "fits"),
                "provenance": with_method(
                    model.provenance, "probe", site=site, layers=numbers, tokens=repr(freeze(tokens)), folds=len(splits),
                    seed=seed, prompts=[run.ids for run in runs], labels=[str(one) for one in samples.labels],
@@ -184,18 +226,15 @@ def _scales(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class _Clock:
     """Counts fits, tells of them, and knows whether to go on."""
 
-    def __init__(self, total: int, on_progress: Callable[[int, int], object] | None,
-                 should_stop: Callable[[], bool] | None) -> None:
-        self._total, self._on_progress, self._should_stop, self._done = total, on_progress, should_stop, 0
-        self._stopped = False
+    def __init__(self, done: int, total: int, watch: Watch) -> None:
+        self._done, self._total, self._watch, self._stopped = done, total, watch, False
 
     def goes_on(self) -> bool:
         """Asked before each fit."""
-        self._stopped = self._stopped or (self._should_stop is not None and self._should_stop())
+        self._stopped = self._stopped or self._watch.stopped()
         if not self._stopped:
             self._done += 1
-            if self._on_progress is not None:
-                self._on_progress(self._done, self._total)
+            self._watch.done(self._done, self._total)
         return not self._stopped
 
 
@@ -203,11 +242,14 @@ def _held_out(
     values: np.ndarray, labels: np.ndarray, classes: int, splits: Sequence[tuple[np.ndarray, np.ndarray]],
     clock: _Clock,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each sample was told right by a probe that had not seen its group, and the score of the second class."""
+    """Whether each sample was told right by a probe that had not seen its group, and the score of the second class.
+
+    All NaN when it was stopped before the last fold.
+    """
     right, scores = np.full(len(labels), np.nan), np.full(len(labels), np.nan)
     for learnt, asked in splits:
         if not clock.goes_on():
-            break
+            return np.full(len(labels), np.nan), np.full(len(labels), np.nan)
         middle, spread = _scales(values[learnt])
         known = np.unique(labels[learnt])
         if len(known) == 1:  # shuffled or control labels can come out so

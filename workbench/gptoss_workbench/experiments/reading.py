@@ -54,20 +54,29 @@ def layer_numbers(model: Model, layers: Indices) -> list[int]:
 @torch.no_grad()
 def read_vectors(
     model: Model, prompts: Sequence[Prompt], site: str, *, layers: Indices = None, tokens: Indices = -1,
-    watch: Watch = NOBODY,
+    watch: Watch = NOBODY, begun: np.ndarray | None = None,
 ) -> np.ndarray:
     """The mean of a site over the chosen tokens of each prompt: (prompt, layer, d_model) float32.
 
     Prompts that were not read because somebody stopped are NaN.
+
+    Args:
+        begun: of the first prompts, what an earlier call gave; they are not read again. The others go together as they
+            would have, so they give the same bits.
 
     Raises:
         ExperimentError: a prompt has none of the tokens.
     """
     rows, numbers = [model.encode(prompt) for prompt in prompts], layer_numbers(model, layers)
     values = np.full((len(rows), len(numbers), model.config.hidden_size), np.nan, dtype=np.float32)
-    watch.plan(Cost(len(rows), sum(map(len, rows)), nbytes=values.nbytes))
+    if begun is not None:
+        values[:len(begun)] = begun
+    read = 0 if begun is None else len(begun)
+    left = [batch for batch in batches(rows) if batch.stop > read]
+    again = rows[left[0].start:] if left else []
+    watch.plan(Cost(len(again), sum(map(len, again)), nbytes=values.nbytes))
     what = capture(site, layers=numbers, tokens=tokens)
-    for batch in batches(rows):
+    for batch in left:
         if watch.stopped():
             break
         for number, run in zip(batch, model.run([rows[number] for number in batch], capture=what), strict=True):

@@ -15,9 +15,9 @@ import xarray as xr
 
 from gptoss_workbench.errors import EditError
 from gptoss_workbench.experiments.metrics import Metric, names_of
-from gptoss_workbench.experiments.sweeps.engine import Case, SweepPlan
+from gptoss_workbench.experiments.sweeps.engine import Case, Engine, SweepPlan
 from gptoss_workbench.experiments.sweeps.fill import fill
-from gptoss_workbench.experiments.watch import MEMORY, Watch, identity, resumed
+from gptoss_workbench.experiments.watch import MEMORY, Watch, completeness, identity, resumed
 from gptoss_workbench.hooks.edits import Edit
 from gptoss_workbench.model.model import Model, Prompt, _as_batch
 from gptoss_workbench.model.provenance import with_method
@@ -39,12 +39,14 @@ def sweep(
         resume: an earlier result of the same question, stopped or not: only what is NaN in it is computed.
         on_plan: called with a ``SweepPlan`` before anything runs; print it to know the cost.
         on_progress: called with (runs done, runs in all) after each wave; ``wb.ProgressLine()`` shows time left.
-        should_stop: asked between layers; True ends early and leaves NaN where nothing was computed.
+        should_stop: asked between layers; True ends early and leaves NaN where nothing was computed. Resumed with the
+            same ``memory``, the rest has the bits that it would have had.
         memory: bytes to stay within, beside the weights, as far as one prompt and one edit allow.
 
     Returns:
         float32 (edit), with ``prompt`` and ``metric`` before it where lists were given; ``edit`` is the number in the
-        list, ``what`` its text. attrs hold ``base``, the metrics without the edits, and the provenance as JSON.
+        list, ``what`` its text. attrs hold ``base``, the metrics without the edits, whether it is ``complete`` (else
+        what is ``missing``), and the provenance as JSON.
 
     Raises:
         EditNeverFired: an edit's place never came by; as one ``model.run`` would say.
@@ -64,8 +66,10 @@ def sweep(
     shape = tuple(size for axis, size in enumerate(whole) if axis not in squeezed)
     question = identity(model, "sweep", rows, lists, [one.name for one in metrics], always)
     values = resumed(resume, question, shape).reshape(len(metrics), -1)
-    fill(model, rows, cases, [metrics] * len(rows), values, Watch(on_plan, on_progress, should_stop, memory),
-         [always] * len(rows))
+    wanted, watch = np.any(np.isnan(values), axis=0), Watch(on_plan, on_progress, should_stop, memory)
+    engine = Engine(model, rows, cases, [always] * len(rows), memory, wanted)
+    watch.plan(engine.plan.beside([*map(len, rows)]))
+    fill(model, engine, [metrics] * len(rows), values, watch)
     runs = [model.run(ids, edits=always) for ids in rows]
     base = [[float(one.of(model, run.logits[-1:])) for run in runs] for one in metrics]
     what = np.empty(len(lists), dtype=object)
@@ -76,6 +80,7 @@ def sweep(
         values.reshape(shape), dims=dims, name=metrics[0].name if isinstance(metric, Metric) else "metrics",
         coords={**{dim: coords[dim] for dim in dims}, "what": ("edit", what)},
         attrs={"base": np.squeeze(np.array(base), axis=squeezed).tolist(), "model": model.name, "question": question,
+               **completeness(int((~np.isnan(values)).all(0).sum()), len(cases), "runs"),
                "provenance": with_method(runs[0].provenance, "sweep", edits=what.tolist(), prompts=rows,
                                          metric=[one.name for one in metrics])},
     )

@@ -22,7 +22,7 @@ from gptoss_kernels import reference
 from gptoss_workbench.errors import ExperimentError
 from gptoss_workbench.experiments.lens import logit_lens
 from gptoss_workbench.experiments.rows import log_probs
-from gptoss_workbench.experiments.watch import Cost, Watch
+from gptoss_workbench.experiments.watch import Cost, Watch, completeness, identity, resumed
 from gptoss_workbench.model.model import Model, Prompt
 from gptoss_workbench.model.provenance import with_method
 from gptoss_workbench.model.run import Run
@@ -100,7 +100,7 @@ class TunedLens:
             raise ExperimentError("The lens was trained on another model.", got=f"{model.name} with other weights",
                                   expected=json.loads(said["provenance"])["model"])
         tensors = [read[name].to(model.device) for name in _STATE]
-        return cls(tensors[0], tensors[1], tuple(tensors[2:]), _history(read["history"].tolist()),
+        return cls(tensors[0], tensors[1], tuple(tensors[2:]), _history(read["history"].tolist(), settings["steps"]),
                    settings, said["provenance"])
 
 
@@ -121,12 +121,13 @@ def tuned_lens(
         texts: prompts of the kind that the lens shall read; hold some back for ``tuned_lens_kl``.
         steps, rate: how many, and Adam's rate at the first.
         resume: what an earlier call gave back, stopped or loaded; the other arguments must be as they were.
-        on_plan: told the cost before anything runs: one pass a step.
+        on_plan: told the ``Cost`` before anything runs: one pass for each text of each step.
         on_progress: called with (steps done, steps in all).
         should_stop: asked before each step; True gives back the lens as it is.
 
     Returns:
-        TunedLens; ``.lens(run)`` reads a run, ``.save(path)`` keeps it, ``.history`` is the loss of each step.
+        TunedLens; ``.lens(run)`` reads a run, ``.save(path)`` keeps it, ``.history`` is the loss of each step. Its
+        attrs say whether that is ``complete``, else what is ``missing``.
 
     Raises:
         ExperimentError: no texts, numbers out of range, a model of one layer, or ``resume`` of another training.
@@ -160,51 +161,62 @@ def tuned_lens(
         losses = resume.history.values.tolist()
     watch = Watch(on_plan, on_progress, should_stop)
     left = range(len(losses), steps)
-    watch.plan(Cost(len(left), sum(len(rows[i]) for step in left for i in _draw(rows, batch, seed, step))))
+    drawn = [rows[i] for step in left for i in _draw(rows, batch, seed, step)]
+    watch.plan(Cost(len(drawn), sum(map(len, drawn))))
     for step in left:
         if watch.stopped():
             break
         losses.append(_step(model, rows, tensors, step, settings))
         watch.done(step + 1, steps)
     record = with_method(model.provenance, "tuned_lens", done=len(losses), **settings)
-    return TunedLens(tensors[0], tensors[1], tuple(tensors[2:]), _history(losses), settings, record)
+    return TunedLens(tensors[0], tensors[1], tuple(tensors[2:]), _history(losses, steps), settings, record)
 
 
 @torch.no_grad()
 def tuned_lens_kl(
-    model: Model, texts: Sequence[Prompt], lens: TunedLens, *, on_plan: Callable[[Cost], object] | None = None,
-    on_progress: Callable[[int, int], object] | None = None, should_stop: Callable[[], bool] | None = None,
+    model: Model, texts: Sequence[Prompt], lens: TunedLens, *, resume: xr.DataArray | None = None,
+    on_plan: Callable[[Cost], object] | None = None, on_progress: Callable[[int, int], object] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> xr.DataArray:
     """How far each lens is from what the model says, on texts that should not have been trained on.
 
     Args:
-        on_plan: told the cost before anything runs: one pass a text.
+        resume: an earlier result of the same lens and texts: only what is NaN in it is computed.
+        on_plan: told the ``Cost`` before anything runs: one pass a text.
         on_progress: called with (texts done, texts in all).
         should_stop: asked before each text; True leaves NaN for the rest.
 
     Returns:
         (text, lens, layer) float32: KL(model || lens) in nats, mean over the tokens of a text; ``lens`` is "logit" or
-        "tuned". ``.mean("text")`` and ``.std("text")`` give the mean and its spread.
+        "tuned". ``.mean("text")`` and ``.std("text")`` give the mean and its spread. attrs say whether it is
+        ``complete``, else what is ``missing``.
+
+    Raises:
+        ExperimentError: ``resume`` is of another lens or of other texts.
     """
     rows, count = [model.encode(text) for text in texts], model.config.num_hidden_layers
     watch = Watch(on_plan, on_progress, should_stop)
-    watch.plan(Cost(len(rows), sum(map(len, rows))))
-    values = np.full((len(rows), 2, count), np.nan, dtype=np.float32)
-    for number, row in enumerate(rows):
+    question = identity(model, "tuned lens kl", rows, lens.digest)
+    values = resumed(resume, question, (len(rows), 2, count))
+    left = np.flatnonzero(np.any(np.isnan(values), axis=(1, 2))).tolist()
+    watch.plan(Cost(len(left), sum(len(rows[number]) for number in left)))
+    for number in left:
         if watch.stopped():
             break
-        run = model.run(row, capture="resid_post")
+        run = model.run(rows[number], capture="resid_post")
         final = log_probs(model, run.hidden)
         for layer in range(count):
             states = run.tensor("resid_post", layer)
             for which, seen in enumerate((states, lens.translated(states, layer))):
                 values[number, which, layer] = float(_kl(model, final, seen).mean())
         watch.done(number + 1, len(rows))
+    done = int((~np.isnan(values)).all(axis=(1, 2)).sum())
     return xr.DataArray(
         values, dims=("text", "lens", "layer"), name="KL(model || lens)",
         coords={"text": range(len(rows)), "lens": ["logit", "tuned"], "layer": range(count),
                 "band": ("layer", list(model.config.bands))},
-        attrs={"model": model.name, "units": "nats", "lens": repr(lens),
+        attrs={"model": model.name, "units": "nats", "lens": repr(lens), "question": question,
+               **completeness(done, len(rows), "texts"),
                "provenance": with_method(model.provenance, "tuned_lens_kl", texts=rows, lens=lens.digest)},
     )
 
@@ -260,6 +272,7 @@ def _model_digest(model: Model) -> str:
     return hashlib.sha256(str(model.provenance.config).encode() + values).hexdigest()
 
 
-def _history(losses: list[float]) -> xr.DataArray:
+def _history(losses: list[float], steps: int) -> xr.DataArray:
     return xr.DataArray(np.array(losses, dtype=np.float32), dims="step", name="loss",
-                        attrs={"units": "nats", "long_name": "KL(model || lens), mean over layers"})
+                        attrs={"units": "nats", "long_name": "KL(model || lens), mean over layers",
+                               **completeness(len(losses), steps, "steps")})

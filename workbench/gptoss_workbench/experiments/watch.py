@@ -14,6 +14,8 @@ import numpy as np
 import xarray as xr
 
 from gptoss_workbench.errors import ExperimentError
+from gptoss_workbench.hooks.edits import Edit
+from gptoss_workbench.model.describe import describe
 from gptoss_workbench.model.memory import gigabytes
 from gptoss_workbench.model.model import Model
 
@@ -30,17 +32,20 @@ class Cost:
         tokens: how many they have together; of a token that is computed in some layers only, that part.
         generated: the most tokens that are generated on top.
         nbytes: of memory beside the weights.
+        at_most: True where what the model does decides how much of this is needed.
     """
 
     passes: int
     tokens: int
     generated: int = 0
     nbytes: int = 0
+    at_most: bool = False
 
     def __str__(self) -> str:
+        most = "at most " * self.at_most
         more = f", up to {self.generated:,} generated on top" if self.generated else ""
         kept = f"; {gigabytes(self.nbytes)} kept" if self.nbytes else ""
-        return f"{self.passes:,} passes over {self.tokens:,} tokens{more}{kept}"
+        return f"{most}{self.passes:,} passes over {self.tokens:,} tokens{more}{kept}"
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,25 @@ class Watch:
 
 
 def identity(model: Model, *parts: object) -> str:
-    """Short digest of what an experiment asks, so that nothing goes on from the results of another question."""
-    said = repr((model.name, model.dtype, model.config, parts))
+    """Short digest of what an experiment asks, so that nothing goes on from the results of another question.
+
+    Args:
+        parts: all that decides the result. Edits count by content, functions by name and source.
+    """
+    origin = None if model.origin is None else model.origin.digest
+    said = repr((model.name, origin, model.dtype, model.config, _said(parts)))
     return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def _said(part: object) -> str:
+    if isinstance(part, list | tuple):
+        return f"[{', '.join(map(_said, part))}]"
+    return repr(describe(part) if isinstance(part, Edit) or callable(part) else part)
+
+
+def completeness(done: int, of: int, what: str) -> dict[str, object]:
+    """The attrs of a result that say whether it is all there: ``complete``, and ``missing`` where somebody stopped."""
+    return {"complete": True} if done >= of else {"complete": False, "missing": f"{of - done:,} of {of:,} {what}"}
 
 
 def resumed(
@@ -92,14 +113,19 @@ def resumed(
     """
     if earlier is None:
         return np.full(shape, np.nan, dtype=dtype)
+    check_question(earlier, question)
+    values = earlier if name is None else earlier[name]
+    return np.array(values.values, dtype=dtype).reshape(shape)  # type: ignore[union-attr]
+
+
+def check_question(earlier: xr.DataArray | xr.Dataset, question: str) -> None:
+    """Raises ExperimentError unless a result answers this question, in words of ``identity``."""
     if earlier.attrs.get("question") != question:
         raise ExperimentError(
             "That result can't be resumed here: it was asked something else.", expected=f"question {question}",
             got=f"question {earlier.attrs.get('question')}",
             hint="Pass the model and the arguments that it was made with.",
         )
-    values = earlier if name is None else earlier[name]
-    return np.array(values.values, dtype=dtype).reshape(shape)  # type: ignore[union-attr]
 
 
 class ProgressLine:

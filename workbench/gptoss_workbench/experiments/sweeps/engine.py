@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ class SweepPlan(Cost):
     """What a sweep will cost, known before it starts.
 
     Attributes:
-        passes, tokens, generated: see ``Cost``; ``nbytes`` by estimate.
+        passes, tokens, generated, nbytes, at_most: see ``Cost``; a case whose edits change no bit ends early.
         cases: runs that are asked for.
         prompts: runs without a case's edits, which the others start from.
         waves: how many times weights are gone through, apart from those.
@@ -52,11 +52,16 @@ class SweepPlan(Cost):
     naive: int
     free: int
 
+    def beside(self, lengths: Sequence[int]) -> SweepPlan:
+        """With whole runs of so many tokens on top, which the experiment makes itself."""
+        return replace(self, passes=self.passes + len(lengths), tokens=self.tokens + sum(lengths))
+
     def __str__(self) -> str:
-        part = self.token_layers / max(1, self.naive)
-        return (f"{self.cases:,} edited runs from {self.prompts} prompt{'s' * (self.prompts != 1)} in {self.waves} "
-                f"waves: {self.token_layers:,} token-layers, {part:.0%} of the {self.naive:,} of a loop; "
-                f"about {gigabytes(self.nbytes)} of memory, {gigabytes(self.free)} free")
+        part, prompts = self.token_layers / max(1, self.naive), f"{self.prompts} prompt{'s' * (self.prompts != 1)}"
+        return (f"{'at most ' * self.at_most}{self.passes:,} passes, as much as {self.tokens:,} tokens; of them "
+                f"{self.cases:,} edited runs from {prompts} in {self.waves} waves: {self.token_layers:,} token-layers, "
+                f"{part:.0%} of the {self.naive:,} of a loop; about {gigabytes(self.nbytes)} of memory, "
+                f"{gigabytes(self.free)} free")
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,12 @@ class _Group:
     cones: Cones
     waves: list[list[int]]  # numbers into ``cases``
 
+    def of(self, wanted: np.ndarray | None) -> _Group:
+        """With those waves alone that hold a wanted case."""
+        if wanted is None:
+            return self
+        return replace(self, waves=[wave for wave in self.waves if any(wanted[self.cases[case]] for case in wave)])
+
 
 class Engine:
     """The cases of a sweep, planned; ``stream`` runs them.
@@ -77,6 +88,8 @@ class Engine:
         cases: see ``Case``; their order is free, results come by number.
         always: edits that each prompt's own run has too, by prompt; those of a case act after them at the same place.
         memory: bytes that may be taken beside the weights.
+        wanted: which cases are still to be measured; None for all. Cases go together as they would if all were wanted,
+            so that what is left of a stopped sweep gives the bits that it would have given.
 
     Raises:
         SiteError, EditError: an edit names what does not exist.
@@ -84,23 +97,23 @@ class Engine:
 
     def __init__(
         self, model: Model, prompts: Sequence[Sequence[int]], cases: Sequence[Case],
-        always: Sequence[Sequence[Edit]] | None = None, memory: int = MEMORY,
+        always: Sequence[Sequence[Edit]] | None = None, memory: int = MEMORY, wanted: np.ndarray | None = None,
     ) -> None:
-        self._model, self._prompts, self._cases, self._memory = model, prompts, cases, memory
+        self._model, self._prompts, self._memory, self.cases = model, prompts, memory, cases
         self._always = [()] * len(prompts) if always is None else always
         of = [Prompts([ids], lambda: model.vocabulary, False) for ids in prompts]
         for case in cases:  # whatever is wrong is said before anything runs
             model.new_taps(Capture(), case.edits, [prompts[case.prompt]])
         self._theirs = [touches(edits, own, model.config) for edits, own in zip(self._always, of, strict=True)]
         self._mine = [touches(case.edits, of[case.prompt], model.config) for case in cases]
-        self._groups = list(self._grouped())
+        self._groups = [left for group in self._grouped() if (left := group.of(wanted)).waves]
         self.plan = self._plan()
 
     # planning -------------------------------------------------------------------------------------------------------
 
     def _grouped(self) -> Iterator[_Group]:
         """Prompts of like lengths together, as many as fit into a third of the memory."""
-        wanted = sorted({case.prompt for case in self._cases}, key=lambda prompt: len(self._prompts[prompt]))
+        wanted = sorted({case.prompt for case in self.cases}, key=lambda prompt: len(self._prompts[prompt]))
         some: list[int] = []
         for prompt in wanted:
             columns = (len(some) + 1) * len(self._prompts[prompt])
@@ -114,8 +127,8 @@ class Engine:
     def _group(self, prompts: list[int]) -> _Group:
         width = max(len(self._prompts[prompt]) for prompt in prompts)
         inside = {*prompts}
-        cases = [number for number, case in enumerate(self._cases) if case.prompt in inside]
-        of = [self._cases[number].prompt for number in cases]
+        cases = [number for number, case in enumerate(self.cases) if case.prompt in inside]
+        of = [self.cases[number].prompt for number in cases]
         found = cones([self._mine[number] for number in cases], [self._theirs[prompt] for prompt in of],
                       [width - len(self._prompts[prompt]) for prompt in of], width, self._model.config)
         return _Group(prompts, cases, found, self._waves(found, width))
@@ -149,21 +162,24 @@ class Engine:
 
     def _plan(self) -> SweepPlan:
         layers, lengths = self._model.config.num_hidden_layers, [len(ids) for ids in self._prompts]
-        most = rows = 0
+        most = halves = naive = 0
         for group in self._groups:
             width = max(lengths[prompt] for prompt in group.prompts)
-            rows += int(group.cones.rows.sum())
+            left = [case for wave in group.waves for case in wave]
+            halves += int(group.cones.rows[:-1, left].sum())
+            naive += layers * sum(lengths[self.cases[group.cases[case]].prompt] for case in left)
             held = base_bytes(self._model, len(group.prompts) * width)
             own = len(group.prompts) * width * self._row_bytes
             waves = [int(group.cones.rows[:, wave].sum(1).max()) * self._row_bytes + len(wave) * self._case_bytes(width)
                      for wave in group.waves]
             most = max(most, held + max([own, *waves]))
-        mine = {case.prompt for case in self._cases}
-        computed = layers * sum(lengths[prompt] for prompt in mine) + -(-rows // 2)
+        mine = [prompt for group in self._groups for prompt in group.prompts]
+        cases = sum(len(wave) for group in self._groups for wave in group.waves)
+        halves += 2 * layers * sum(lengths[prompt] for prompt in mine)
         return SweepPlan(
-            passes=len(self._cases) + len(mine), tokens=-(-computed // layers), nbytes=most, cases=len(self._cases),
-            prompts=len(mine), waves=sum(len(group.waves) for group in self._groups), token_layers=computed,
-            naive=layers * sum(lengths[case.prompt] for case in self._cases), free=available(self._model.device))
+            passes=cases + len(mine), tokens=-(-halves // (2 * layers)), nbytes=most, cases=cases, prompts=len(mine),
+            waves=sum(len(group.waves) for group in self._groups), token_layers=-(-halves // 2), naive=naive,
+            free=available(self._model.device), at_most=True)
 
     # running --------------------------------------------------------------------------------------------------------
 
@@ -192,7 +208,7 @@ class Engine:
                 yield numbers, logits
 
     def _wave(self, group: _Group, base: Base, wave: list[int], always: set[int], stop: Callable[[], bool]) -> Wave:
-        cases = [self._cases[group.cases[case]] for case in wave]
+        cases = [self.cases[group.cases[case]] for case in wave]
         taps = [self._model.new_taps(Capture(), (*self._always[case.prompt], *case.edits), [self._prompts[case.prompt]])
                 for case in cases]
         rows = [group.prompts.index(case.prompt) for case in cases]
