@@ -35,8 +35,8 @@ OF_RUNS = {
     "expert_profile", "compare_runs", "expert_usage", "token_quantity", "head_contributions", "expert_contributions",
     "decompose_residual", "direct_logit_attribution", "gradients", "checked",
 }
-# What gives metrics, values and files rather than results.
-NO_EXPERIMENT = {"logit_diff", "probability", "rank", "kl_divergence", "load_sae"}
+# What gives metrics rather than results.
+NO_EXPERIMENT = {"logit_diff", "probability", "rank", "kl_divergence"}
 
 
 @dataclass

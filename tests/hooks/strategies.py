@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import tempfile
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +14,9 @@ from hypothesis import strategies as st
 
 import gptoss_workbench as wb
 from gptoss_workbench.hooks.edits import Edit
+from gptoss_workbench.hooks.selection import Where
 from gptoss_workbench.hooks.sites import SITES
+from tests.hooks.sae_folders import write
 
 N = 12
 SIZES = {"d_model": 64, "head": 8, "kv_head": 2, "d_head": 16, "expert": 8, "slot": 4, "d_ff": 96, "vocab": 512}
@@ -38,6 +44,14 @@ def selections(draw: Any, site: str) -> dict[str, Any]:
     return chosen
 
 
+@cache
+def sae() -> wb.SAE:
+    """One SAE for all, in a folder that is there as long as the tests run."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return wb.load_sae(write(Path(folder.name) / "sae", "jumprelu"))
+
+
 def tensors(*shape: int) -> st.SearchStrategy[torch.Tensor]:
     def make(seed: int) -> torch.Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -53,6 +67,7 @@ def edits(draw: Any, run: Any = None) -> Edit:
     routed = {"layer": draw(layers), "tokens": draw(tokens)}
     seen = {"layer": routed["layer"], "query": routed["tokens"], "head": draw(st.none() | st.integers(0, 7))}
     some = draw(st.lists(st.integers(0, 7), min_size=1, max_size=3, unique=True))
+    change = draw(st.sampled_from(["scale", "add", "set"]))
     kinds = {
         "set": lambda: wb.set(site, draw(numbers), **within),
         "add": lambda: wb.add(site, draw(numbers), **within),
@@ -69,6 +84,7 @@ def edits(draw: Any, run: Any = None) -> Edit:
         "ban": lambda: wb.ban_experts(experts=some, **routed),
         "force": lambda: wb.force_experts(experts=some, **routed),
         "swap": lambda: wb.swap_experts(experts=[0, 5], **routed),
+        "features": lambda: wb.steer_features(sae(), some, tokens=routed["tokens"], **{change: draw(st.floats(-2, 2))}),
         "temperature": lambda: wb.router_temperature(draw(st.floats(0.125, 8)), **routed),
     }
     if run is not None:
@@ -81,6 +97,13 @@ def edits(draw: Any, run: Any = None) -> Edit:
             "patch within": lambda: wb.patch("resid_mid", source=0, **routed),
         }
     return kinds[draw(st.sampled_from(sorted(kinds)))]()
+
+
+def looks_ahead(edit: Edit) -> bool:
+    """Whether an edit may let a query see tokens after it, which in a chunk are not there yet."""
+    key = dict(edit.place.dims).get("key")
+    return "key" in SITES[edit.place.site].dims and edit.name in ("set", "zero", "scale") and (
+        key is None or isinstance(key, Where))
 
 
 def for_prompt(edit: Edit, prompt: int) -> Edit:

@@ -11,6 +11,7 @@ import torch
 import gptoss_workbench as wb
 from gptoss_workbench.hooks.changes import KINDS
 from gptoss_workbench.hooks.table import as_markdown
+from tests.hooks.sae_folders import tensors, write
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "hooks.md").read_text()
@@ -21,11 +22,13 @@ QUESTION = "What is the capital of France?"
 
 
 @pytest.fixture(scope="module")
-def names(model):
-    """What the examples speak of: another run of the same length, a direction, an expert that serves in layer 1."""
+def names(model, tmp_path_factory):
+    """What the examples speak of: another run of the same length, a direction, an expert that serves in layer 1, an SAE
+    of the embedded model's width."""
     run = model.run(wb.chat(QUESTION.replace("France", "Italy")), capture=list(wb.SITES))
     expert = int(model.run(wb.chat(QUESTION), capture="router").tensor("router.experts", 1)[-1, 0])
-    return {"wb": wb, "torch": torch, "run": run, "v": torch.linspace(-1, 1, 128), "e": expert}
+    sae = wb.load_sae(write(tmp_path_factory.mktemp("page") / "sae", "standard", tensors("standard", width=128)))
+    return {"wb": wb, "torch": torch, "run": run, "sae": sae, "v": torch.linspace(-1, 1, 128), "e": expert}
 
 
 def test_the_tables_are_those_of_the_code() -> None:

@@ -44,7 +44,8 @@ _WHERE = {
     "direct_logit_attribution": "experiments.direct_attribution", "gradients": "experiments.gradients",
     "contrast": "experiments.directions", "refusal_direction": "experiments.directions",
     "effort_direction": "experiments.directions", "dose_response": "experiments.dose",
-    "probe": "experiments.probes", "SAE": "experiments.sae", "load_sae": "experiments.sae_files",
+    "probe": "experiments.probes", "SAE": "hooks.sae", "load_sae": "hooks.sae_files",
+    "steer_features": "hooks.sae",
     "attribution": "experiments.attribution", "AttributionPlan": "experiments.attributing",
     "checked": "experiments.agreement",
 }
@@ -77,8 +78,6 @@ if TYPE_CHECKING:
     from gptoss_workbench.experiments.probes import probe
     from gptoss_workbench.experiments.quantities import TOKEN_QUANTITIES, token_quantity
     from gptoss_workbench.experiments.routing import expert_coactivation, routing_stats
-    from gptoss_workbench.experiments.sae import SAE
-    from gptoss_workbench.experiments.sae_files import load_sae
     from gptoss_workbench.experiments.sweep import sweep
     from gptoss_workbench.experiments.tuned_lens import TunedLens, tuned_lens, tuned_lens_kl
     from gptoss_workbench.experiments.uncertainty import summarize
@@ -97,6 +96,8 @@ if TYPE_CHECKING:
         silence_experts,
         swap_experts,
     )
+    from gptoss_workbench.hooks.sae import SAE, steer_features
+    from gptoss_workbench.hooks.sae_files import load_sae
     from gptoss_workbench.hooks.selection import where
     from gptoss_workbench.hooks.serial import edit_from_json
     from gptoss_workbench.hooks.sites import POOLED, SITES

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from gptoss_workbench.errors import EditError
 from gptoss_workbench.hooks.prompts import FOREVER
 from gptoss_workbench.hooks.selection import Frozen, Slice
 from gptoss_workbench.hooks.values import Held, Source
+
+if TYPE_CHECKING:
+    from gptoss_workbench.hooks.sae import SAE
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,13 @@ def _project(x: Tensor, at: At, directions: Held) -> Tensor:
     basis = torch.linalg.qr(rows.T)[0].to(device=x.device, dtype=torch.float32)  # (d, direction), orthonormal
     wide = x.float()
     return (wide - wide @ basis @ basis.T).to(x.dtype)
+
+
+def _steer_features(
+    x: Tensor, at: At, sae: SAE, features: tuple[int, ...], keep_error: bool = True, **change: float,
+) -> Tensor:
+    ((how, value),) = change.items()
+    return sae.changed(x, features, how, value, keep_error)
 
 
 def _mean(x: Tensor, at: At, run: Source) -> Tensor:
@@ -266,6 +276,7 @@ class Kind:
         positional: those of them that are written without their name.
         renamed: what its public function calls a selection.
         optional: those of ``args`` that may be missing.
+        own_place: whether its first argument says the site and the layer, so that they are not written.
     """
 
     change: Callable[..., Tensor | float]
@@ -274,6 +285,7 @@ class Kind:
     positional: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
+    own_place: bool = False
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -292,6 +304,8 @@ KINDS: dict[str, Kind] = {
     "apply": Kind(_apply, None, ("change",), ("change",)),
     "steer": Kind(_steer, None, ("vector", "scale", "keep_norm"), optional=("keep_norm",)),
     "project": Kind(_project, None, ("directions",), ("directions",)),
+    "steer_features": Kind(_steer_features, None, ("sae", "features", "scale", "add", "set", "keep_error"),
+                           ("sae", "features"), optional=("scale", "add", "set", "keep_error"), own_place=True),
     "mean": Kind(_mean, None, ("run",), ("run",)),
     "patch": Kind(_patch, None, ("run", "source"), ("run",), optional=("source",)),
     "cut_attention": Kind(_minus_infinity, "attn.scores", renamed=_QUERY),

@@ -32,6 +32,7 @@ from gptoss_workbench.hooks.selection import Frozen, Indices, Slice, Where, free
 from gptoss_workbench.hooks.values import Captured, Held, Source, finite, source_of, value_of
 
 SINK = "sink"
+_WRITTEN_OUT = 16  # numbers of a list
 
 Values = Tensor | Sequence[float] | float
 
@@ -79,7 +80,9 @@ class Edit:
         from gptoss_workbench.hooks.changes import KINDS
 
         kind, args, selections = KINDS[self.name], dict(self.args), self.place.selections()
-        parts = [repr(self.place.site)] if kind.site is None else []
+        parts = [repr(self.place.site)] if kind.site is None and not kind.own_place else []
+        if kind.own_place:
+            del selections["layer"]
         parts += [_shown(args.pop(name)) for name in kind.positional]
         parts += [f"{kind.renamed.get(name, name)}={selection!r}" for name, selection in selections.items()]
         parts += [f"{name}={_shown(value)}" for name, value in args.items()]
@@ -87,6 +90,8 @@ class Edit:
 
     def to_json(self) -> str:
         """The edit as one line of JSON, tensors included; ``wb.edit_from_json`` gives an equal edit back.
+
+        A sparse autoencoder stands there by its folder and a sha256; see ``wb.steer_features``.
 
         Raises:
             EditError: it holds a function of your own.
@@ -111,6 +116,8 @@ def as_edits(value: Edit | Iterable[Edit] | None) -> tuple[Edit, ...]:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, tuple) and len(value) > _WRITTEN_OUT:
+        return f"<{len(value)} of {value[0]} to {value[-1]}>"
     return getattr(value, "__name__", type(value).__name__) if callable(value) else repr(value)
 
 

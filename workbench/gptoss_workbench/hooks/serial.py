@@ -1,4 +1,8 @@
-"""Edits as JSON and back. Tensors stand there whole, as base64 of their bytes in row-major order."""
+"""Edits as JSON and back. Tensors stand there whole, as base64 of their bytes in row-major order.
+
+A sparse autoencoder is too large for that: it stands there by the folder it was read from, and the sha256 of all that
+it holds, to which whatever is read again is held.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import base64
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +19,7 @@ import torch
 from gptoss_workbench.errors import EditError, WorkbenchError
 from gptoss_workbench.hooks.changes import KINDS
 from gptoss_workbench.hooks.edits import Edit, Place, place_of
+from gptoss_workbench.hooks.sae import SAE, steer_features
 from gptoss_workbench.hooks.selection import Slice, Where, where
 from gptoss_workbench.hooks.values import Held, Source, dtype_name, raw_bytes
 
@@ -56,6 +63,8 @@ def plain(edit: Edit, tensor: Callable[[Held], Any], function: Callable[[Any], A
                 "parts": {dim: list(part) for dim, part in value.parts},
                 "experts": [[layer, tensor(held)] for layer, held in value.experts],
             }}
+        if isinstance(value, SAE):
+            return {"sae": {"name": value.name, "source": value.source, "sha256": value.digest}}
         if isinstance(value, range):
             return {"range": [value.start, value.stop, value.step]}
         if isinstance(value, tuple):
@@ -78,11 +87,15 @@ def _refuse(function: Any) -> Any:
                     got=f"the function {name}", hint="For tokens, wb.where(matching=...) takes a regular expression.")
 
 
-def edit_from_json(text: str | bytes) -> Edit:
+def edit_from_json(text: str | bytes, sae: SAE | None = None) -> Edit:
     """The edit that ``to_json`` wrote; equal to the one it came from.
 
+    Args:
+        sae: for an edit of features, the sparse autoencoder it was made with. Without it the folder that the edit names
+            is read again, on the CPU; nothing is fetched from the Hub.
+
     Raises:
-        EditError: it is no such JSON.
+        EditError: it is no such JSON, or the sparse autoencoder is not there or not the same.
         SiteError: it names a site or a dimension that does not exist.
     """
     try:
@@ -105,9 +118,43 @@ def edit_from_json(text: str | bytes) -> Edit:
     missing = {*kind.required} - {key for key, _ in args}
     if missing:
         raise _broken(f"the arguments of wb.{name}", f"an edit that misses {', '.join(sorted(missing))}")
+    if kind.own_place:
+        return _of_features(dict(args), site, place, sae)
     checked: Place = place_of(site, place.pop("layer", None), place.pop("tokens", None), place.pop("prompt", None),
                               **place)
     return Edit(name, checked, args)
+
+
+def _of_features(args: dict[str, Any], site: str, place: dict[str, Any], sae: SAE | None) -> Edit:
+    """An edit of features, made anew by its public function, which checks what it is given."""
+    named = args.pop("sae")
+    if not isinstance(named, _Named) or not {*place} <= {"layer", "tokens", "prompt"}:
+        raise _broken("an SAE and its place", f"{named!r:.60} at {', '.join(place)}")
+    found = named.find(site, place.get("layer")) if sae is None else sae
+    if found.digest != named.sha256:
+        raise EditError("That is not the SAE that the edit was made with.", got=f"{found.name}, {found.digest[:16]}",
+                        expected=f"{named.name}, sha256 {named.sha256[:16]}", hint="Pass sae= with the right one.")
+    if (found.site, found.layer) != (site, place.pop("layer", None)):
+        raise _broken(f"{found.site} of layer {found.layer}, which the SAE reads", site)
+    return steer_features(found, args.pop("features"), **args, **place)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A sparse autoencoder as JSON has it."""
+
+    name: str
+    source: str | None
+    sha256: str
+
+    def find(self, site: str, layer: Any) -> SAE:
+        from gptoss_workbench.hooks.sae_files import load_sae
+
+        if not isinstance(self.source, str) or not Path(self.source).is_dir():
+            raise EditError("The SAE of this edit is not there.", expected=self.name,
+                            got=f"no folder {self.source}" if self.source else "one that was read from no folder",
+                            hint="Load it, and pass it: wb.edit_from_json(text, sae=wb.load_sae(...)).")
+        return load_sae(self.source, site=site, layer=layer)
 
 
 def _broken(expected: str, got: str) -> EditError:
@@ -131,6 +178,8 @@ def _decode(value: Any) -> Any:
         return where(matching=inner["matching"], **labels)
     if tag == "tensor":
         return _tensor(inner)
+    if tag == "sae":
+        return _Named(str(inner["name"]), inner["source"], str(inner["sha256"]))
     if tag == "source":
         return Source(
             inner["site"], tuple((layer, _tensor(held)) for layer, held in inner["values"]),

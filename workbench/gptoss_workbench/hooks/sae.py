@@ -18,16 +18,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptoss_workbench.errors import EditError, ExperimentError
-from gptoss_workbench.hooks.edits import Edit, apply
+from gptoss_workbench.hooks.edits import Edit, place_of
 from gptoss_workbench.hooks.selection import Indices, freeze, resolve
-from gptoss_workbench.hooks.values import raw_bytes
+from gptoss_workbench.hooks.values import finite
 
 ROWS_AT_ONCE = 256  # tokens times d_sae are held: 131,072 features take half a megabyte a token
 EPS = 1e-5
@@ -35,7 +36,9 @@ EPS = 1e-5
 
 @dataclass(frozen=True, eq=False)
 class SAE:
-    """A sparse autoencoder of one site. Computes in float32; nothing writes into its tensors.
+    """A sparse autoencoder of one site, a value: equal to one that computes the same.
+
+    Computes in float32; nothing writes into its tensors.
 
     Attributes:
         name: where it was read from.
@@ -50,6 +53,7 @@ class SAE:
         subtract_decoder_bias: whether b_dec is taken off before encoding.
         normalize: "none", "constant_norm_rescale" (to length sqrt(d_in)) or "layer_norm" (no scale, no shift).
         model: the model it was trained on, as the file says.
+        source: the folder it was read from, or the name on the Hub; None for one that was made here.
     """
 
     name: str
@@ -67,6 +71,7 @@ class SAE:
     subtract_decoder_bias: bool = True
     normalize: str = "none"
     model: str | None = None
+    source: str | None = None
 
     @property
     def d_in(self) -> int:
@@ -80,10 +85,25 @@ class SAE:
         k = f" {self.k}" if self.k else ""
         return f"<SAE {self.name}: {self.architecture}{k}, {self.d_sae:,} features of {self.site}.{self.layer}>"
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """sha256 of the two biases in hexadecimal, which no two trainings share and which are quickly read."""
-        return hashlib.sha256(raw_bytes(self.b_enc) + raw_bytes(self.b_dec)).hexdigest()
+        """sha256 in hexadecimal of all that decides what it computes; of a large one it takes seconds, once."""
+        tensors = {one.name: getattr(self, one.name) for one in fields(self)
+                   if isinstance(getattr(self, one.name), Tensor)}
+        plain = (self.architecture, self.site, self.layer, self.k, self.subtract_decoder_bias, self.normalize)
+        made = hashlib.sha256(repr((plain, [(name, tuple(one.shape)) for name, one in tensors.items()])).encode())
+        for tensor in tensors.values():
+            made.update(tensor.detach().cpu().float().contiguous().numpy())
+        return made.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both compute the same, wherever they were read from."""
+        if not isinstance(other, SAE):
+            return NotImplemented
+        return self is other or (self.w_enc.shape == other.w_enc.shape and self.digest == other.digest)
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
     @torch.no_grad()
     def encode(self, x: Tensor, features: Sequence[int] | None = None) -> Tensor:
@@ -93,7 +113,7 @@ class SAE:
             ExperimentError: x has another width, or there is no such feature.
         """
         flat = self._wide(x).reshape(-1, self.d_in)
-        chosen = None if features is None else self._numbers(features)
+        chosen = None if features is None else self.numbers(features)
         parts = [self._encode(rows, chosen) for rows in flat.split(ROWS_AT_ONCE)]
         found = torch.cat(parts) if parts else flat.new_zeros(0, self.d_sae if chosen is None else len(chosen))
         return found.reshape(*x.shape[:-1], found.shape[-1])
@@ -121,41 +141,40 @@ class SAE:
     def ablate(
         self, features: Indices, *, tokens: Indices = None, prompt: Indices = None, keep_error: bool = True,
     ) -> Edit:
-        """Take features away where they are active; see ``steer``."""
-        return self.steer(features, scale=0.0, tokens=tokens, prompt=prompt, keep_error=keep_error)
+        """Take features away where they are active; see ``wb.steer_features``."""
+        return steer_features(self, features, scale=0.0, tokens=tokens, prompt=prompt, keep_error=keep_error)
 
     def steer(
         self, features: Indices, *, scale: float | None = None, add: float | None = None, set: float | None = None,
         tokens: Indices = None, prompt: Indices = None, keep_error: bool = True,
     ) -> Edit:
-        """Change how strong features are: x becomes x + decode(f') - decode(f), f' being f with the change.
+        """Change how strong features are; see ``wb.steer_features``."""
+        return steer_features(self, features, scale=scale, add=add, set=set, tokens=tokens, prompt=prompt,
+                              keep_error=keep_error)
 
-        What the SAE does not explain stays as it is (Marks et al. 2024, arXiv 2403.19647), so a change of nothing
-        changes no bit.
+    @torch.no_grad()
+    def changed(self, x: Tensor, features: Sequence[int], how: str, value: float, keep_error: bool = True) -> Tensor:
+        """What ``wb.steer_features`` puts in the place of x (token, d_in), in its dtype.
 
         Args:
-            features: an index, a list or a slice.
-            scale, add, set: one of them: f' = scale f, f + add, or set.
-            tokens, prompt: as for ``wb.set``.
-            keep_error: False puts decode(f') there instead, without what the SAE does not explain.
-
-        Returns:
-            An Edit at the SAE's site and layer. It prints what it does, but like everything with a function of one's
-            own (``wb.apply``) it can't be written to JSON: the SAE would have to go with it.
+            x: (token, head, d_head) of one width together is the same.
+            how: "scale", "add" or "set".
 
         Raises:
-            ExperimentError: no such feature, or not exactly one change.
-
-        Pitfalls: features of a model's size are often split among several, so one alone may do little. Strengths far
-        beyond those seen in text leave the data that the SAE was trained on.
+            EditError: x has another width.
         """
-        given = {name: value for name, value in (("scale", scale), ("add", add), ("set", set)) if value is not None}
-        if len(given) != 1:
-            raise ExperimentError("A feature is changed in one way.", expected="one of scale=, add=, set=",
-                                  got=", ".join(given) or "none")
-        ((how, value),) = given.items()
-        change = FeatureChange(self, tuple(self._numbers(features)), how, float(value), keep_error)
-        return apply(self.site, change, layer=self.layer, tokens=tokens, prompt=prompt)
+        flat = x.flatten(1)
+        if flat.shape[1] != self.d_in:
+            raise EditError("The SAE is of another width than the site.", expected=f"{self.d_in} values a token",
+                            got=f"{flat.shape[1]}", hint=f"It was trained on {self.model or 'another model'}.")
+        if keep_error and not features:
+            return x
+        wide = flat.to(device=self.w_enc.device, dtype=torch.float32)
+        now = self.encode(wide, features)
+        apart = {"scale": now * (value - 1), "add": torch.full_like(now, value), "set": value - now}[how]
+        moved = (apart @ self.w_dec[list(features)]) * self._length(wide)[0]
+        rest = wide if keep_error else self.decode(self.encode(wide), like=wide)
+        return (rest + moved).reshape(x.shape).to(x)
 
     def _encode(self, x: Tensor, chosen: list[int] | None) -> Tensor:
         """x (row, d_in) float32 -> (row, feature)."""
@@ -191,7 +210,8 @@ class SAE:
                                   got=f"{x.shape[-1]} in {tuple(x.shape)}", hint=f"It reads {self.site}.{self.layer}.")
         return x.to(device=self.w_enc.device, dtype=torch.float32)
 
-    def _numbers(self, features: Indices | Sequence[int]) -> list[int]:
+    def numbers(self, features: Indices | Sequence[int]) -> list[int]:
+        """Features by number; negative ones count from the end."""
         try:
             return resolve(freeze(features), self.d_sae, "feature")
         except Exception as error:
@@ -199,39 +219,38 @@ class SAE:
                                   got=repr(features)[:80]) from error
 
 
-@dataclass(frozen=True)
-class FeatureChange:
-    """The change that ``SAE.steer`` makes of a site's values. Equal when SAE, features and change are."""
+def steer_features(
+    sae: SAE, features: Indices, *, scale: float | None = None, add: float | None = None, set: float | None = None,
+    tokens: Indices = None, prompt: Indices = None, keep_error: bool = True,
+) -> Edit:
+    """Change how strong features are: x becomes x + decode(f') - decode(f), f' being f with the change.
 
-    sae: SAE
-    features: tuple[int, ...]
-    how: str
-    value: float
-    keep_error: bool = True
+    It acts at the SAE's own site and layer. What the SAE does not explain stays as it is (Marks et al. 2024, arXiv
+    2403.19647), so a change of nothing changes no bit.
 
-    @property
-    def __name__(self) -> str:
-        shown = ", ".join(map(str, self.features[:8])) + (", ..." if len(self.features) > 8 else "")
-        return f"<{self.how} {self.value:g} at features [{shown}] of {self.sae.name}>"
+    Args:
+        features: an index, a list or a slice.
+        scale, add, set: one of them: f' = scale f, f + add, or set.
+        tokens, prompt: as for ``wb.set``.
+        keep_error: False puts decode(f') there instead, without what the SAE does not explain.
 
-    def __getattr__(self, name: str) -> str:
-        """A provenance record asks for a qualified name; this one says what is changed, and of which SAE."""
-        if name != "__qualname__":
-            raise AttributeError(name)
-        return f"{self.__name__} sha256 {self.sae.digest[:16]}"
+    Returns:
+        An Edit. In JSON an SAE stands by the folder it was read from and the sha256 of all that it holds, since its
+        weights are too many; ``wb.edit_from_json`` reads the folder again, or takes ``sae=``, and refuses another SAE.
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (token, d_in), or (token, head, d_head) of one width together, -> the same with the features changed."""
-        flat = x.flatten(1)
-        if flat.shape[1] != self.sae.d_in:
-            raise EditError("The SAE is of another width than the site.", expected=f"{self.sae.d_in} values a token",
-                            got=f"{flat.shape[1]}", hint=f"It was trained on {self.sae.model or 'another model'}.")
-        if self.keep_error and not self.features:
-            return x
-        wide = flat.to(device=self.sae.w_enc.device, dtype=torch.float32)
-        now = self.sae.encode(wide, self.features)
-        apart = {"scale": now * (self.value - 1), "add": torch.full_like(now, self.value), "set": self.value - now}
-        scale, _ = self.sae._length(wide)
-        moved = (apart[self.how] @ self.sae.w_dec[list(self.features)]) * scale
-        rest = wide if self.keep_error else self.sae.decode(self.sae.encode(wide), like=wide)
-        return (rest + moved).reshape(x.shape).to(x)
+    Raises:
+        ExperimentError: no such feature.
+        EditError: not exactly one change, or one that is no finite number.
+
+    Pitfalls: features of a model's size are often split among several, so one alone may do little. Strengths far
+    beyond those seen in text leave the data that the SAE was trained on.
+    """
+    given = {name: value for name, value in (("scale", scale), ("add", add), ("set", set)) if value is not None}
+    if len(given) != 1:
+        raise EditError("A feature is changed in one way.", expected="one of scale=, add=, set=",
+                        got=", ".join(given) or "none")
+    ((how, value),) = given.items()
+    args: tuple[tuple[str, Any], ...] = (("sae", sae), ("features", tuple(sae.numbers(features))),
+                                         (how, finite(value, f"The {how} of a feature")))
+    return Edit("steer_features", place_of(sae.site, sae.layer, tokens, prompt),
+                args if keep_error else (*args, ("keep_error", False)))

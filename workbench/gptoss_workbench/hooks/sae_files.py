@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gptoss_workbench.errors import CheckpointError, ExperimentError, MissingShard, ModelNotFound, one_line
-from gptoss_workbench.experiments.sae import SAE
+from gptoss_workbench.hooks.sae import SAE
 from gptoss_workbench.hooks.sites import SITES
 
 SAELENS = ("cfg.json", "sae_weights.safetensors")
@@ -85,6 +85,7 @@ def load_sae(
         one_line("/".join(folder.parts[-2:])), config["architecture"], site, layer, on["W_enc"],
         on["b_mag" if config["architecture"] == "gated" else "b_enc"], on["W_dec"], on["b_dec"], on.get("threshold"),
         on.get("b_gate"), on.get("r_mag"), config["k"], config["subtract"], config["normalize"], config["model"],
+        str(folder.resolve() if Path(name).expanduser().is_dir() else name),
     )
 
 

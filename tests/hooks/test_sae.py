@@ -3,50 +3,22 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import gptoss_workbench as wb
 from gptoss_workbench.errors import CheckpointError, EditError, ExperimentError, MissingShard, ModelNotFound
-from gptoss_workbench.experiments.sae_files import site_of
+from gptoss_workbench.hooks.sae_files import site_of
 from tests.factories import tiny_model, write_hf
-from tests.tolerances import PARTS_F32, SITE_F32
+from tests.hooks.sae_folders import D, F, K, tensors, write
+from tests.tolerances import PARTS_F32, SITE_F32, SWEEP_F32
 
-D, F, K = 64, 40, 6
 IDS = [5, 17, 300, 8, 90, 91, 12]
-
-
-def tensors(architecture: str, seed: int = 0, width: int = D) -> dict[str, torch.Tensor]:
-    draw = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=draw)
-
-    made = {"W_enc": normal(width, F) / 8, "W_dec": normal(F, width), "b_dec": normal(width)}
-    if architecture == "gated":
-        return {**made, "b_gate": normal(F) / 4, "b_mag": normal(F), "r_mag": normal(F) / 4}
-    made["b_enc"] = normal(F)
-    return {**made, "threshold": normal(F).abs()} if architecture == "jumprelu" else made
-
-
-def write(folder: Path, architecture: str, values: dict[str, torch.Tensor] | None = None, /, **config: Any) -> Path:
-    """A folder as SAELens writes it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    values = tensors(architecture) if values is None else values
-    width, features = values["W_enc"].shape if "W_enc" in values else (D, F)
-    said = {"architecture": architecture, "d_in": width, "d_sae": features, "dtype": "float32", "device": "cuda",
-            "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
-            "metadata": {"hook_name": "blocks.2.hook_resid_post", "model_name": "tiny", "sae_lens_version": "6.54.12"}}
-    if architecture == "topk":
-        said["k"] = K
-    (folder / "cfg.json").write_text(json.dumps({**said, **config}))
-    save_file({name: tensor.contiguous() for name, tensor in values.items()}, folder / "sae_weights.safetensors")
-    return folder
 
 
 def by_hand(architecture: str, w: dict[str, np.ndarray], x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -72,6 +44,11 @@ def by_hand(architecture: str, w: dict[str, np.ndarray], x: np.ndarray) -> tuple
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory):
     return wb.load(write_hf(tmp_path_factory.mktemp("tiny") / "full", tiny_model(seed=33)), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def tiny_bf16(tmp_path_factory: pytest.TempPathFactory):
+    return wb.load(write_hf(tmp_path_factory.mktemp("tiny") / "full", tiny_model(seed=33)), dtype="bfloat16")
 
 
 ARCHITECTURES = ["standard", "topk", "jumprelu", "gated"]
@@ -208,14 +185,95 @@ def test_features_of_heads_together(tmp_path, tiny):
 
 
 def test_the_edit_prints_compares_and_is_recorded(tmp_path, tiny):
-    sae = wb.load_sae(write(tmp_path / "mine" / "layer_2", "topk"))
-    edit = sae.ablate([3, 5])
-    assert repr(edit) == "wb.apply('resid_post', <scale 0 at features [3, 5] of mine/layer_2>, layer=2)"
-    assert edit == sae.ablate([3, 5]) and edit != sae.ablate([3, 6]) and hash(edit) == hash(sae.ablate([3, 5]))
-    assert "features [3, 5]" in tiny.run(IDS, edits=edit).provenance.to_json()
-    with pytest.raises(EditError, match="function"):
-        edit.to_json()
+    folder = write(tmp_path / "mine" / "layer_2", "topk")
+    sae, same = wb.load_sae(folder), wb.load_sae(folder)
     assert repr(sae) == "<SAE mine/layer_2: topk 6, 40 features of resid_post.2>"
+    assert repr(sae.ablate([3, 5])) == f"wb.steer_features({sae!r}, (3, 5), scale=0.0)"
+    assert repr(sae.steer(-1, add=2, tokens=[1, 4], keep_error=False)) == \
+        f"wb.steer_features({sae!r}, (39,), tokens=(1, 4), add=2.0, keep_error=False)"
+    assert repr(sae.ablate(slice(None))) == f"wb.steer_features({sae!r}, <40 of 0 to 39>, scale=0.0)"
+    edit = sae.ablate([3, 5])
+    assert edit == same.ablate([3, 5]) == wb.steer_features(sae, [3, 5], scale=0.0)
+    different = [sae.ablate([3, 6]), sae.steer([3, 5], set=0.0), sae.steer([3, 5], scale=0.5), sae.ablate(
+        [3, 5], keep_error=False), sae.ablate([3, 5], tokens=1), another(tmp_path).ablate([3, 5])]
+    assert len({edit, same.ablate([3, 5]), *different}) == 1 + len(different)
+    record = tiny.run(IDS, edits=edit).provenance.edits[0]
+    assert record["args"] == {"features": [3, 5], "scale": 0.0, "sae": {
+        "sae": {"name": "mine/layer_2", "source": str(folder), "sha256": sae.digest}}}
+
+
+def another(folder):
+    """An SAE whose biases are those of the others, so that only a look at everything tells them apart."""
+    values = tensors("topk")
+    values["W_dec"][0, 0] += 1e-3
+    return wb.load_sae(write(folder / "another", "topk", values))
+
+
+HOW = st.sampled_from(["scale", "add", "set"])
+
+
+@pytest.fixture(scope="module")
+def saes(tmp_path_factory: pytest.TempPathFactory):
+    base = tmp_path_factory.mktemp("saes")
+    return {architecture: wb.load_sae(write(base / architecture, architecture)) for architecture in ARCHITECTURES}
+
+
+@given(st.sampled_from(ARCHITECTURES), st.lists(st.integers(-F, F - 1), max_size=5), HOW, st.floats(-4, 4, width=32),
+       st.none() | st.integers(-7, 6) | st.just(slice(1, None, 2)), st.booleans())
+@settings(max_examples=60)
+def test_json_and_back_is_equal_and_does_the_same(saes, tiny, architecture, features, how, value, tokens, keep_error):
+    edit = saes[architecture].steer(features, **{how: value}, tokens=tokens, keep_error=keep_error)
+    text = edit.to_json()
+    json.loads(text, parse_constant=pytest.fail)
+    for back in (wb.edit_from_json(text), wb.edit_from_json(text, sae=saes[architecture])):
+        assert back == edit and hash(back) == hash(edit) and repr(back) == repr(edit) and back.to_json() == text
+    assert torch.equal(tiny.run(IDS, edits=wb.edit_from_json(text)).hidden, tiny.run(IDS, edits=edit).hidden)
+
+
+@given(st.sampled_from(ARCHITECTURES), st.lists(st.integers(0, F - 1), max_size=F), st.sampled_from([("scale", 1.0),
+                                                                                                     ("add", 0.0)]))
+@settings(max_examples=40)
+def test_a_change_of_nothing_is_nothing_in_both_dtypes(saes, tiny, tiny_bf16, architecture, features, change):
+    edit = saes[architecture].steer(features, **dict([change]))
+    for model in (tiny, tiny_bf16):
+        assert torch.equal(model.run(IDS, edits=edit).hidden, model.run(IDS).hidden)
+
+
+def test_features_are_swept_as_in_a_loop(saes, tiny):
+    edits = [saes["jumprelu"].steer(feature, scale=3.0, tokens=token) for feature in range(0, F, 9) for token in (2, 6)]
+    metric = wb.logit_diff(7, 450)
+    want = [float(metric.of(tiny, tiny.run(IDS, edits=edit).logits[-1:])) for edit in edits]
+    found = wb.sweep(tiny, IDS, edits, metric)
+    np.testing.assert_allclose(found, want, atol=SWEEP_F32)
+    assert found["what"].values[0] == repr(edits[0]) and len({*want}) > 2
+    part = wb.sweep(tiny, IDS, edits, metric, should_stop=lambda: True)
+    again = [wb.edit_from_json(edit.to_json()) for edit in edits]  # another day
+    np.testing.assert_array_equal(wb.sweep(tiny, IDS, again, metric, resume=part), found)
+
+
+def test_another_sae_is_refused(tmp_path, tiny):
+    folder = write(tmp_path / "mine", "topk")
+    sae = wb.load_sae(folder)
+    text, other = sae.ablate(3).to_json(), another(tmp_path)
+    assert len(text) < 600, "the weights are not in it"
+
+    def refused(said: str, **how) -> None:
+        with pytest.raises(EditError, match=said) as caught:
+            wb.edit_from_json(text, **how)
+        assert len(str(caught.value).splitlines()) <= 6
+
+    refused("not the SAE", sae=other)
+    write(tmp_path / "mine", "topk", tensors("topk", seed=1))  # the folder holds another one now
+    refused("not the SAE")
+    shutil.rmtree(folder)
+    refused("is not there")
+    assert wb.edit_from_json(text, sae=sae) == sae.ablate(3)
+    text = text.replace('"layer": 2', '"layer": 1')
+    refused("no edit", sae=sae)
+    text = text.replace('"layer": 1', '"layer": 2').replace('"scale": 0.0', '"scale": 0.0, "add": 1.0')
+    refused("one way", sae=sae)
+    text = wb.load_sae(write(tmp_path / "bare", "topk", metadata={}), site="mlp.out", layer=1).ablate(3).to_json()
+    assert wb.edit_from_json(text).place.site == "mlp.out"  # where the files don't say, the edit does
 
 
 def test_what_does_not_fit_is_told(tmp_path, tiny):
@@ -226,8 +284,10 @@ def test_what_does_not_fit_is_told(tmp_path, tiny):
         sae.encode(torch.zeros(D))
     with pytest.raises(ExperimentError, match="no such feature"):
         sae.ablate(F)
-    with pytest.raises(ExperimentError, match="one way"):
+    with pytest.raises(EditError, match="one way"):
         sae.steer(1, scale=2.0, add=1.0)
+    with pytest.raises(EditError, match="finite"):
+        sae.steer(1, add=float("nan"))
 
 
 # files ----------------------------------------------------------------------------------------------------------
