@@ -239,7 +239,7 @@ def test_a_selective_knock_out_of_the_embedded_model(model) -> None:
 
 def test_importance_stops_and_goes_on(tiny, monkeypatch) -> None:
     monkeypatch.setattr("gptoss_workbench.experiments.importance.TOKENS_PER_BATCH", 40)
-    metric, asked = wb.logit_diff(7, 450), iter([False, False, True])
+    metric, asked = wb.logit_diff(7, 450), iter([False] * 4 + [True])  # two prompts, two batches
     whole = wb.expert_importance(tiny, [ONE, TWO], metric)
     part = wb.expert_importance(tiny, [ONE, TWO], metric, should_stop=lambda: next(asked))
     assert np.isnan(part["harm"]).any() and (part["harm"] > 0).any()

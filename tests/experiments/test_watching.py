@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from gptoss_workbench.errors import ExperimentError
 from gptoss_workbench.experiments.sweeps.wave import Wave
 from gptoss_workbench.experiments.watch import Cost
 from gptoss_workbench.model.transformer import Transformer, no_tap
+from gptoss_workbench.store.saved import save
 from tests.factories import tiny_model, write_hf
 
 ONE, TWO = [5, 17, 300, 8, 90, 91], [5, 18, 301, 8, 90, 77]
@@ -205,15 +207,18 @@ def attrs(result: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
-def test_stopped_and_resumed_is_as_if_never_stopped(case: Case, request: pytest.FixtureRequest) -> None:
-    model, asked = of(case, request), []
+@pytest.mark.parametrize("at_once", [False, True], ids=["in the middle", "at once"])
+def test_stopped_and_resumed_is_as_if_never_stopped(
+    case: Case, at_once: bool, request: pytest.FixtureRequest,
+) -> None:
+    model, asked, after = of(case, request), [], 0 if at_once else case.after
 
     def stop() -> bool:
         asked.append(1)
-        return len(asked) > case.after
+        return len(asked) > after
 
     whole, part = case.ask(model), case.ask(model, should_stop=stop)
-    assert len(asked) == case.after + 1, "it was never stopped" if len(asked) <= case.after else "it went on"
+    assert len(asked) == after + 1, "it was never stopped" if len(asked) <= after else "it went on"
     assert attrs(whole)["complete"] and "missing" not in attrs(whole)
     assert not attrs(part)["complete"] and int(attrs(part)["missing"].split()[0].replace(",", "")) > 0
     seen: list[tuple[int, int]] = []
@@ -259,6 +264,20 @@ def test_the_cost_is_said_first_and_is_what_is_spent(
     plans.clear()
     case.ask(model, resume=result, on_plan=plans.append)
     assert plans[0].passes < plan.passes, "what is known is not computed again"
+
+
+@pytest.mark.filterwarnings("ignore")  # of zarr, about dtypes that are new
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in ("contrast", "causal_tracing")][:2],
+                         ids=lambda case: case.name)
+def test_a_stopped_result_goes_on_another_day(case: Case, tiny: wb.Model, tmp_path: Path) -> None:
+    pytest.importorskip("zarr")
+    asked = iter(range(1000))
+    part = case.ask(tiny, should_stop=lambda: next(asked) >= case.after)
+    save(part.to_dataset(name="values").assign_attrs(part.attrs), tmp_path / "part")
+    kept = wb.open_data(tmp_path / "part")
+    done, whole = case.ask(tiny, resume=kept["values"].assign_attrs(kept.attrs)), case.ask(tiny)
+    for name, values in numbers(done).items():
+        np.testing.assert_array_equal(values, numbers(whole)[name], err_msg=name)
 
 
 def test_no_experiment_is_left_out() -> None:

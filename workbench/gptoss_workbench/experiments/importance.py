@@ -52,7 +52,7 @@ def expert_importance(
         resume: an earlier result of the same question, stopped or not: only what is NaN in it is computed.
         on_plan: told the ``Cost`` before anything runs: at most so much, since who serves is known only then.
         on_progress: called with (prompts and cases done, in all).
-        should_stop: asked before each batch; True ends early and leaves NaN where nothing was computed.
+        should_stop: asked before each prompt and each batch; True ends early and leaves NaN where nothing was computed.
 
     Returns:
         Dataset over (layer, expert, prompt), float32: ``harm``, the fall of the metric or the rise of the loss, 0 where
@@ -83,9 +83,11 @@ def expert_importance(
     watch = Watch(on_plan, on_progress, should_stop)
     chosen = [_chosen(model, row, tokens) for row in rows]
     watch.plan(_cost(harm, rows, chosen, config))
-    use, value = np.zeros_like(harm), np.zeros(len(rows), dtype=np.float32)
+    use, value = np.full_like(harm, np.nan), np.full(len(rows), np.nan, dtype=np.float32)
     bases, cases = [], []
     for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        if watch.stopped():
+            break
         run = model.run(row, capture="router")
         at = chosen[number]
         base = _Base(run, start, tuple(at))
@@ -99,8 +101,10 @@ def expert_importance(
     left = [batch for batch in _batches(cases, rows) if any(np.isnan(harm[i, j, number]) for number, i, j in batch)]
     total = len(rows) + len(cases)
     done, current, prefix = total - sum(map(len, left)), -1, model.new_cache(1)
-    watch.done(done, total)
-    for batch in left:
+    whole = len(bases) == len(rows)
+    if whole:
+        watch.done(done, total)
+    for batch in left if whole else ():
         if watch.stopped():
             break
         number = batch[0][0]
@@ -115,7 +119,8 @@ def expert_importance(
         done += len(batch)
         watch.done(done, total)
     dims = ("layer", "expert", "prompt")
-    record = with_method(bases[0].run.provenance, "expert_importance", metric=name, mode=mode, prompts=rows,
+    of_first = Run(model, rows[0], torch.empty(0), {}, range(len(rows[0]))).provenance
+    record = with_method(of_first, "expert_importance", metric=name, mode=mode, prompts=rows,
                          completions_from=starts, tokens=repr(freeze(tokens)))
     return xr.Dataset(
         {"harm": (dims, harm), "use": (dims, use), "value": ("prompt", value), "agreement": ("layer", [

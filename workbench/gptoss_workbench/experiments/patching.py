@@ -60,7 +60,7 @@ def patching(
             the result has the bits of one that was never stopped.
         on_plan: called with the cost (``SweepPlan``, the prompts' own runs included) before anything runs.
         on_progress: called with (places patched, places to patch: those that can differ).
-        should_stop: asked between layers; True ends early and leaves NaN where nothing was computed.
+        should_stop: asked between prompts and layers; True ends early and leaves NaN where nothing was computed.
         memory: bytes to stay within beside the weights.
 
     Returns:
@@ -112,29 +112,27 @@ def patching(
     if on_plan is not None:
         plan = engine([outlines(one) for one in where]).plan
         watch.plan(plan.beside([len(ids) for pair in pairs for ids in pair]))
-    runs = [[model.run(ids, capture=one.captures) for ids in pair] for pair, one in zip(pairs, where, strict=True)]
-    per_pair = [[one.given(runs[pair][0].logits[-1]) for one in some] for pair, some in enumerate(asked)]
-    ends = np.array([[[float(one.of(model, run.logits[-1:])) for run in runs[pair]] for pair, one in
-                      enumerate(column)] for column in zip(*per_pair, strict=True)])  # (metric, pair, clean or corrupt)
-    if normalize and (ends[..., 0] == ends[..., 1]).any():
-        at = np.argwhere(ends[..., 0] == ends[..., 1])[0]
-        raise ExperimentError("The metric is the same for both prompts, so nothing can be recovered.",
-                              expected="prompts that differ in the metric", got=f"{ends[tuple(at)][0]:.4g} for both",
-                              hint="Check the two answers, or pass normalize=False.")
-
-    start, goal = (ends[..., 1], ends[..., 0]) if direction == "denoise" else (ends[..., 0], ends[..., 1])
-    spread = (slice(None), slice(None), *(None,) * len(where[0].shape))
-    base, scale = (start[spread], (goal - start)[spread]) if normalize else (0.0, 1.0)
-    shape = (*full[:1][: int(several)], *full[1:2][: int(not alone)], *full[2:])
-    values = np.repeat(start, int(np.prod(where[0].shape)), axis=1).astype(np.float32)  # (metric, pair and place)
-    values[:, at] = np.where(wanted, np.nan, 0)
-    patched = values[:, at]
-    fill(model, engine([edits_of(model, one, *(pair if direction == "denoise" else pair[::-1]))
-                        for pair, one in zip(runs, where, strict=True)]), per_pair, patched, watch)
-    values[:, at] = patched
-    made = ((values.reshape(full) - base) / scale).astype(np.float32).reshape(len(names), -1)
-    made[:, at] = np.where(wanted, made[:, at], earlier[:, at])
-    found = made.reshape(shape)
+    runs: list[list[Run]] = []
+    for pair, one in zip(pairs, where, strict=True):
+        if watch.stopped():
+            break
+        runs.append([model.run(ids, capture=one.captures) for ids in pair])
+    ends, made = np.full((len(names), len(pairs), 2), np.nan), earlier  # (metric, pair, clean or corrupt)
+    if len(runs) == len(pairs):
+        per_pair = [[one.given(runs[pair][0].logits[-1]) for one in some] for pair, some in enumerate(asked)]
+        ends = _ends(model, per_pair, runs, normalize)
+        start, goal = (ends[..., 1], ends[..., 0]) if direction == "denoise" else (ends[..., 0], ends[..., 1])
+        values = np.repeat(start, where[0].count, axis=1).astype(np.float32)  # (metric, pair and place)
+        patched = np.where(wanted, np.nan, values[:, at])
+        fill(model, engine([edits_of(model, one, *(pair if direction == "denoise" else pair[::-1]))
+                            for pair, one in zip(runs, where, strict=True)]), per_pair, patched, watch)
+        values[:, at] = patched
+        if normalize:
+            base, scale = (np.repeat(part, where[0].count, axis=1) for part in (start, goal - start))
+            values = ((values - base) / scale).astype(np.float32)
+        made = values
+        made[:, at] = np.where(wanted, values[:, at], earlier[:, at])
+    found = made.reshape((*full[:1][: int(several)], *full[1:2][: int(not alone)], *full[2:]))
     dims = (*("metric",) * several, *("pair",) * (not alone), *where[0].by)
     one_value = alone and not several
     arguments: dict[str, Any] = {"clean": pairs[0][0] if alone else [pair[0] for pair in pairs], "site": site,
@@ -143,15 +141,16 @@ def patching(
                                                        if selected.get(dim) is not None}}
     if tuple(by) != ("layer", "token") or direction != "denoise" or len(more) > 2 or not alone:
         arguments |= more
+    labels = [[Run(model, ids, torch.empty(0), {}, range(len(ids))) for ids in pair] for pair in pairs]
     return xr.DataArray(
         found, dims=dims, name=("recovered" if direction == "denoise" else "lost") if normalize else names[0],
-        coords=_coords(model, where[0], runs, dims, per_pair[0]),
+        coords=_coords(model, where[0], labels, dims, asked[0]),
         attrs={"site": site, "metric": names[0] if not several else names, "direction": direction,
                "clean": float(ends[0, 0, 0]) if one_value else ends[..., 0].tolist(),
                "corrupt": float(ends[0, 0, 1]) if one_value else ends[..., 1].tolist(),
                "model": model.name, "question": question,
                **completeness(int((~np.isnan(made)).all(0).sum()), made.shape[1], "places"),
-               "provenance": with_method(runs[0][1].provenance, "patching", **arguments)},
+               "provenance": with_method(labels[0][1].provenance, "patching", **arguments)},
     )
 
 
@@ -179,6 +178,18 @@ def _metrics(metric: Metrics, pair: int) -> list[Metric]:
     if isinstance(metric, Metric):
         return [metric]
     return [metric(pair)] if callable(metric) else list(metric)
+
+
+def _ends(model: Model, metrics: Sequence[Sequence[Metric]], runs: Sequence[Sequence[Run]], differ: bool) -> np.ndarray:
+    """The metrics (of each pair) of both prompts as they are, (metric, pair, clean or corrupt) float64."""
+    found = np.array([[[float(one.of(model, run.logits[-1:])) for run in pair] for one, pair in
+                       zip(column, runs, strict=True)] for column in zip(*metrics, strict=True)])
+    if differ and (found[..., 0] == found[..., 1]).any():
+        at = np.argwhere(found[..., 0] == found[..., 1])[0]
+        raise ExperimentError("The metric is the same for both prompts, so nothing can be recovered.",
+                              expected="prompts that differ in the metric", got=f"{found[tuple(at)][0]:.4g} for both",
+                              hint="Check the two answers, or pass normalize=False.")
+    return found
 
 
 def _same_past(one: Sequence[int], other: Sequence[int], where: Grid) -> np.ndarray:

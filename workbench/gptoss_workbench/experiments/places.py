@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -40,6 +41,10 @@ class Grid:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(len(self.chosen[dim]) for dim in self.by)
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def captures(self) -> tuple[str, ...]:

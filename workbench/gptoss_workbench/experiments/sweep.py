@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 import xarray as xr
 
 from gptoss_workbench.errors import EditError
@@ -21,6 +22,7 @@ from gptoss_workbench.experiments.watch import MEMORY, Watch, completeness, iden
 from gptoss_workbench.hooks.edits import Edit
 from gptoss_workbench.model.model import Model, Prompt, _as_batch
 from gptoss_workbench.model.provenance import with_method
+from gptoss_workbench.model.run import Run
 
 
 def sweep(
@@ -39,8 +41,8 @@ def sweep(
         resume: an earlier result of the same question, stopped or not: only what is NaN in it is computed.
         on_plan: called with a ``SweepPlan`` before anything runs; print it to know the cost.
         on_progress: called with (runs done, runs in all) after each wave; ``wb.ProgressLine()`` shows time left.
-        should_stop: asked between layers; True ends early and leaves NaN where nothing was computed. Resumed with the
-            same ``memory``, the rest has the bits that it would have had.
+        should_stop: asked between prompts and layers; True ends early and leaves NaN where nothing was computed.
+            Resumed with the same ``memory``, the rest has the bits that it would have had.
         memory: bytes to stay within, beside the weights, as far as one prompt and one edit allow.
 
     Returns:
@@ -69,9 +71,16 @@ def sweep(
     wanted, watch = np.any(np.isnan(values), axis=0), Watch(on_plan, on_progress, should_stop, memory)
     engine = Engine(model, rows, cases, [always] * len(rows), memory, wanted)
     watch.plan(engine.plan.beside([*map(len, rows)]))
-    fill(model, engine, [metrics] * len(rows), values, watch)
-    runs = [model.run(ids, edits=always) for ids in rows]
-    base = [[float(one.of(model, run.logits[-1:])) for run in runs] for one in metrics]
+    base = np.full((len(metrics), len(rows)), np.nan)
+    for number, ids in enumerate(rows):
+        if watch.stopped():
+            break
+        logits = model.run(ids, edits=always).logits[-1:]
+        base[:, number] = [float(one.of(model, logits)) for one in metrics]
+    else:
+        fill(model, engine, [metrics] * len(rows), values, watch)
+    known = int((~np.isnan(values)).all(0).sum())
+    record = Run(model, rows[0], torch.empty(0), {}, range(len(rows[0])), always).provenance
     what = np.empty(len(lists), dtype=object)
     what[:] = [", ".join(map(repr, some)) for some in lists]
     dims = tuple(dim for axis, dim in enumerate(("metric", "prompt", "edit")) if axis not in squeezed)
@@ -79,8 +88,8 @@ def sweep(
     return xr.DataArray(
         values.reshape(shape), dims=dims, name=metrics[0].name if isinstance(metric, Metric) else "metrics",
         coords={**{dim: coords[dim] for dim in dims}, "what": ("edit", what)},
-        attrs={"base": np.squeeze(np.array(base), axis=squeezed).tolist(), "model": model.name, "question": question,
-               **completeness(int((~np.isnan(values)).all(0).sum()), len(cases), "runs"),
-               "provenance": with_method(runs[0].provenance, "sweep", edits=what.tolist(), prompts=rows,
+        attrs={"base": np.squeeze(base, axis=squeezed).tolist(), "model": model.name, "question": question,
+               **completeness(known - bool(np.isnan(base).any()), len(cases), "runs"),
+               "provenance": with_method(record, "sweep", edits=what.tolist(), prompts=rows,
                                          metric=[one.name for one in metrics])},
     )
