@@ -21,9 +21,11 @@ RATIOS = {  # name: (what, of what), speeds in bytes of weights read a second un
     "expert / C++": ("expert, bfloat16", "expert, C++"),
     "matrix / reading": ("matrix", "read"),
     "matrix / torch": ("matrix", "matrix, torch"),
+    "reading in four streams / reading": ("read apart", "read"),
 }
 TIMES = {
     "64 tokens, time / resident bfloat16": ("64 tokens", "64 tokens, torch, weights resident in bfloat16"),
+    "matrix packed to 12 bits, C++, time / matrix": ("matrix, packed to 12 bits, C++ avx2", "matrix"),
     "64 tokens, time / resident float32": ("64 tokens", "64 tokens, torch, weights resident in float32"),
 }
 

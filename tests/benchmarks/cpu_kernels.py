@@ -143,13 +143,42 @@ def compiled(weight: Mxfp4Tensor, library: str) -> dict[str, Work]:
         return lambda turn: function(address(weight.blocks[turn]), address(weight.scales[turn]), address(x),
                                      address(out), ROWS, WIDTH)
 
-    def read(turn: int) -> None:
-        code.read_all(address(every[turn * size:]), ctypes.c_size_t(size))
+    def reading(way: str) -> Work:
+        return size, lambda turn: getattr(code, way)(address(every[turn * size:]), ctypes.c_size_t(size))
 
-    works: dict[str, Work] = {"read": (size, read), "expert, C++ avx2": (size, product(code.mxfp4_avx2))}
+    works: dict[str, Work] = {"read": reading("read_all"), "read apart": reading("read_apart"),
+                              "expert, C++ avx2": (size, product(code.mxfp4_avx2))}
+    works["matrix, packed to 12 bits, C++ avx2"] = packed12(code)
     if paths.why_not("avx512_bf16") is None:
         works["expert, C++ avx512_bf16"] = (size, product(code.mxfp4_avx512_bf16))
     return works
+
+
+def packed12(code: ctypes.CDLL) -> Work:
+    """The matrix of ``matrix()``, packed without loss: values so small that a row has more than 16 exponents are none.
+
+    Whether fewer bytes are worth the unpacking; a published matrix would also need a way out for such rows.
+    """
+    def one() -> tuple[Tensor, list[Tensor]]:
+        values = torch.randn(5120, WIDTH).to(BF16)
+        values[values.abs() < 2.0**-12] = 2.0**-12  # randn stays below 8: 16 exponents
+        bits = values.view(torch.int16).int() & 0xFFFF
+        exponent = bits >> 7 & 0xFF
+        lowest = int(exponent.min())
+        choice = (exponent - lowest).view(5120, -1, 2, 16)
+        codes = choice[:, :, 0] | choice[:, :, 1] << 4
+        table = torch.arange(16) + lowest
+        return values, [part.to(torch.uint8).contiguous() for part in (bits >> 8 & 0x80 | bits & 0x7F, codes, table)]
+
+    kept = [one() for _ in range(4)]
+    x, out = torch.randn(WIDTH), torch.empty(5120)
+
+    def work(turn: int) -> None:
+        code.packed12_avx2(*(ctypes.c_void_p(part.data_ptr()) for part in (*kept[turn % 4][1], x, out)), 5120, WIDTH)
+
+    work(0)
+    torch.testing.assert_close(out, kept[0][0].float() @ x, rtol=1e-4, atol=1e-3)
+    return sum(part.nbytes for part in kept[0][1]), work
 
 
 if __name__ == "__main__":
