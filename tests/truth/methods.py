@@ -8,56 +8,25 @@ means that the method says nothing about the place. To score another method, add
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import xarray as xr
 
 import gptoss_workbench as wb
 from gptoss_workbench.model.model import Model
-from gptoss_workbench.model.run import Run
 from gptoss_workbench.model.transformer import Transformer
 from gptoss_workbench.planted import Pair
+from tests.truth.base import EXPERT, HEAD, WHERE, Method, both, grid
+from tests.truth.calls import CHECKED, IMPORTANCE, LAYERWISE, RELP, TRACING
 
 STEPS = 8  # of integrated gradients
 Router = Literal["frozen", "live"]
 Put = Callable[..., None]
-Scores = Callable[[Model, Pair], np.ndarray]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to find out which places matter.
-
-    Attributes:
-        name: for the table.
-        kind: what it scores: "residual", "head", "expert", "router" or "sink".
-        scores: see the module.
-        tells: which of layer, token, head, expert it names.
-        in_logits: whether scores are effects on the metric, so that they can be held against the whole effect.
-    """
-
-    name: str
-    kind: str
-    scores: Scores
-    tells: tuple[str, ...]
-    in_logits: bool = True
-
 
 # running ----------------------------------------------------------------------------------------------------------
-
-
-def metric_of(run: Run, pair: Pair) -> float:
-    """Logit of the answer minus logit of the other token, after the last token."""
-    logits = run.model.transformer.unembed(run.hidden[-1])
-    return float(logits[pair.answer] - logits[pair.other])
-
-
-def whole_effect(model: Model, pair: Pair) -> float:
-    """What there is to explain: the metric of the clean prompt minus that of the corrupt one."""
-    return metric_of(model.run(list(pair.clean)), pair) - metric_of(model.run(list(pair.corrupt)), pair)
 
 
 @torch.no_grad()
@@ -92,10 +61,6 @@ def all_places(*sizes: int) -> np.ndarray:
     return np.stack(np.unravel_index(np.arange(np.prod(sizes)), sizes), -1)
 
 
-def grid(model: Model, index: int, tokens: int, fill: float = 0.0) -> np.ndarray:
-    return np.full((model.config.num_hidden_layers, index, tokens), fill)
-
-
 # exact: put a value there and run ---------------------------------------------------------------------------------
 
 
@@ -109,7 +74,7 @@ def patch_router(model: Model, pair: Pair) -> np.ndarray:
 
 def patch_tokens(model: Model, pair: Pair, site: str) -> np.ndarray:
     """A site as a whole at every token: (layer, 1, token)."""
-    source = model.run(list(pair.clean), capture=site).tensor(site)
+    source = both(model, pair)[0].tensor(site)
     sizes = len(source), len(pair.clean)
 
     def put(x: torch.Tensor, layer: int, copies: torch.Tensor, tokens: torch.Tensor) -> None:
@@ -119,8 +84,8 @@ def patch_tokens(model: Model, pair: Pair, site: str) -> np.ndarray:
 
 
 def patch_heads(model: Model, pair: Pair, noising: bool = False) -> np.ndarray:
-    into, taken_from = (pair.clean, pair.corrupt) if noising else (pair.corrupt, pair.clean)
-    source = model.run(list(taken_from), capture="attn.z").tensor("attn.z")
+    into = pair.clean if noising else pair.corrupt
+    source = both(model, pair)[int(noising)].tensor("attn.z")
 
     def put(x: torch.Tensor, layer: int, copies: torch.Tensor, heads: torch.Tensor, tokens: torch.Tensor) -> None:
         x[copies, tokens, heads] = source[layer, tokens, heads]
@@ -134,11 +99,11 @@ def over_heads(model: Model, ids: Sequence[int], pair: Pair, site: str, put: Put
     return each_alone(model, ids, pair, site, all_places(*sizes), put).reshape(sizes)
 
 
+@lru_cache(maxsize=32)
 def expert_change(model: Model, pair: Pair) -> np.ndarray:
     """What each expert adds to the stream in the clean run less what it adds in the corrupt one,
     (layer, expert, token, d_model); zero where it serves in neither."""
-    parts = [wb.expert_contributions(model, model.run(list(ids), capture=["router", "expert.out"])).values
-             for ids in (pair.clean, pair.corrupt)]
+    parts = [wb.expert_contributions(model, run).values for run in both(model, pair)]
     return (parts[0] - parts[1]).transpose(0, 2, 1, 3)
 
 
@@ -167,7 +132,7 @@ def zero_heads(model: Model, pair: Pair) -> np.ndarray:
 
 def silence_experts(model: Model, pair: Pair) -> np.ndarray:
     """The metric without the weight of one expert at one token; nobody steps in."""
-    chosen = model.run(list(pair.clean), capture="router.experts").tensor("router.experts").numpy()
+    chosen = both(model, pair)[0].tensor("router.experts").numpy()
     out = grid(model, model.config.num_local_experts, len(pair.clean))
     places = all_places(*chosen.shape)  # layer, token, slot
 
@@ -196,7 +161,7 @@ def slopes(model: Model, pair: Pair, router: Router = "frozen", integrated: bool
     """d metric / d site at the corrupt prompt by site, each stacked over layers; ``integrated``: the mean over the way
     to the clean one, in STEPS steps between the two prompts' embeddings."""
     sites = ["resid_pre", "attn.z", "mlp.out", *(["router.logits"] if router == "live" else [])]
-    ends = [model.run(list(ids), capture="embed").tensor("embed", None) for ids in (pair.corrupt, pair.clean)]
+    ends = [run.tensor("embed", None) for run in reversed(both(model, pair))]
     steps = [(step + 0.5) / STEPS for step in range(STEPS)] if integrated else [0.0]
     edits = [wb.set("embed", torch.lerp(ends[0], ends[1], way), prompt=row) for row, way in enumerate(steps)]
     found = wb.gradients(model, [list(pair.corrupt)] * len(steps), pair.metric, sites, router=router, edits=edits)
@@ -205,7 +170,7 @@ def slopes(model: Model, pair: Pair, router: Router = "frozen", integrated: bool
 
 def change(model: Model, pair: Pair, site: str) -> torch.Tensor:
     """The site in the clean run less the site in the corrupt one, stacked over layers."""
-    clean, corrupt = (model.run(list(ids), capture=site).tensor(site) for ids in (pair.clean, pair.corrupt))
+    clean, corrupt = (run.tensor(site) for run in both(model, pair))
     return clean - corrupt
 
 
@@ -236,13 +201,17 @@ def attribute_sinks(model: Model, pair: Pair) -> np.ndarray:
 # looking, without changing anything --------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=32)
+def decomposed(model: Model, pair: Pair) -> list[xr.DataArray]:
+    """Direct logit attribution of the clean and of the corrupt run."""
+    return [wb.direct_logit_attribution(model, run, pair.answer, pair.other) for run in both(model, pair)]
+
+
 def direct_logits(model: Model, pair: Pair, kind: str, count: int) -> np.ndarray:
     """Direct logit attribution of the clean run less that of the corrupt one, at the last token."""
     out = grid(model, count, len(pair.clean), np.nan)
     out[..., -1] = 0.0
-    for sign, ids in ((1, pair.clean), (-1, pair.corrupt)):
-        run = model.run(list(ids), capture=wb.COMPONENT_SITES)
-        shares = wb.direct_logit_attribution(model, run, pair.answer, pair.other)
+    for sign, shares in zip((1, -1), decomposed(model, pair), strict=True):
         own = shares.where(shares["kind"] == kind, drop=True)
         out[own["layer"].values, own["index"].values, -1] += sign * own.values
     return out
@@ -250,8 +219,7 @@ def direct_logits(model: Model, pair: Pair, kind: str, count: int) -> np.ndarray
 
 def lens(model: Model, pair: Pair) -> np.ndarray:
     """How much each layer raises the log-odds of the answer as the logit lens reads them at the last token, in nats."""
-    run = model.run(list(pair.clean), capture="resid_post")
-    seen = wb.logit_lens(model, run, top=model.config.vocab_size)
+    seen = wb.logit_lens(model, both(model, pair)[0], top=model.config.vocab_size)
     odds = []
     for layer in seen["layer"].values:
         row = seen.sel(layer=layer)
@@ -264,7 +232,7 @@ def lens(model: Model, pair: Pair) -> np.ndarray:
 
 def attention(model: Model, pair: Pair) -> np.ndarray:
     """Share of each query's attention that rests on earlier tokens in which the two prompts differ."""
-    pattern = model.run(list(pair.clean), capture="attn.pattern").tensor("attn.pattern")[..., :-1].clone()
+    pattern = both(model, pair)[0].tensor("attn.pattern")[..., :-1].clone()
     pattern.diagonal(dim1=-2, dim2=-1).zero_()
     differ = torch.tensor([a != b for a, b in zip(pair.clean, pair.corrupt)])
     return pattern[..., differ].sum(-1).numpy()
@@ -272,14 +240,13 @@ def attention(model: Model, pair: Pair) -> np.ndarray:
 
 def usage(model: Model, pair: Pair) -> np.ndarray:
     """Router weight of each expert at each token, less its mean over the prompt."""
-    run = model.run(list(pair.clean), capture="router")
+    run = both(model, pair)[0]
     each = [wb.expert_usage(run, [token]).values for token in range(len(run))]
     return np.stack(each, -1) - wb.expert_usage(run).values[..., None]
 
 
 # the table ---------------------------------------------------------------------------------------------------------
 
-WHERE, HEAD, EXPERT = ("layer", "token"), ("layer", "token", "head"), ("layer", "token", "expert")
 HEADS, EXPERTS = 4, 8
 
 METHODS: tuple[Method, ...] = (
@@ -287,21 +254,28 @@ METHODS: tuple[Method, ...] = (
     Method("exact patching, heads", "head", patch_heads, HEAD),
     Method("exact patching, experts", "expert", patch_experts, EXPERT),
     Method("exact patching, router", "router", patch_router, WHERE),
-    Method("exact patching, heads, noising", "head", partial(patch_heads, noising=True), HEAD),
-    Method("exact patching, experts, noising", "expert", partial(patch_experts, noising=True), EXPERT),
+    Method("exact patching, heads, noising", "head", partial(patch_heads, noising=True), HEAD, few=True),
+    Method("exact patching, experts, noising", "expert", partial(patch_experts, noising=True), EXPERT, few=True),
     Method("knock-out, heads zeroed", "head", zero_heads, HEAD),
     Method("knock-out, experts silenced", "expert", silence_experts, EXPERT),
     Method("knock-out, sinks closed", "sink", close_sinks, HEAD),
+    *IMPORTANCE,
+    *TRACING,
     Method("gradient x difference, residual stream", "residual", attribute_residual, WHERE),
     Method("gradient x difference, heads", "head", attribute_heads, HEAD),
     Method("gradient x difference, experts", "expert", attribute_experts, EXPERT),
-    Method("gradient x difference, heads, router live", "head", partial(attribute_heads, router="live"), HEAD),
-    Method("gradient x difference, experts, router live", "expert", partial(attribute_experts, router="live"), EXPERT),
+    Method("gradient x difference, heads, router live", "head", partial(attribute_heads, router="live"), HEAD,
+           few=True),
+    Method("gradient x difference, experts, router live", "expert", partial(attribute_experts, router="live"), EXPERT,
+           few=True),
     Method("gradient x difference, router", "router", attribute_router, WHERE),
     Method("integrated gradients, residual stream", "residual", partial(attribute_residual, integrated=True), WHERE),
     Method("integrated gradients, heads", "head", partial(attribute_heads, integrated=True), HEAD),
     Method("integrated gradients, experts", "expert", partial(attribute_experts, integrated=True), EXPERT),
     Method("integrated gradients, router", "router", partial(attribute_router, integrated=True), WHERE),
+    *LAYERWISE,
+    *RELP,
+    *CHECKED,
     Method("gradient of the sink", "sink", attribute_sinks, HEAD),
     Method("direct logit attribution, heads", "head", partial(direct_logits, kind="head", count=HEADS), HEAD),
     Method("direct logit attribution, experts", "expert", partial(direct_logits, kind="expert", count=EXPERTS), EXPERT),

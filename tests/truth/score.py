@@ -13,15 +13,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from gptoss_workbench.planted import Pair, Place, Planted
-from tests.truth.methods import Method, whole_effect
+from tests.truth.base import Method
 
 SHARE, CHANCE = 0.25, 0.001
 ELSEWHERE = "elsewhere"  # the role of every token without one
+ANYWHERE = "any token"  # the only role of a method that asks about the prompt as a whole
+SUBLAYERS = {"attention": "head", "mlp": "expert"}  # a sublayer is true where something true is inside it
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +33,8 @@ class Effects:
     Attributes:
         values: (pair, layer, index, role); NaN where the method says nothing.
         roles: names along the last dimension; the last one is ELSEWHERE, the largest of all tokens without a role.
-        whole: (pair,), the metric of the clean prompt less that of the corrupt one.
+            ANYWHERE alone for a method that does not tell tokens apart.
+        whole: (pair,), the metric of the clean prompt less that of the corrupt (or blurred) one.
     """
 
     values: np.ndarray
@@ -50,9 +53,12 @@ class Effects:
 
 def effects(method: Method, planted: Planted) -> Effects:
     """Run a method on every pair of a planted model."""
-    roles = (*planted.pairs[0].roles, ELSEWHERE)
-    values = np.stack([_by_role(method.scores(planted.model, pair), pair) for pair in planted.pairs])
-    return Effects(values, roles, np.array([whole_effect(planted.model, pair) for pair in planted.pairs]))
+    scores = [method.scores(planted.model, pair) for pair in planted.pairs]
+    whole = np.array([method.whole(planted.model, pair) for pair in planted.pairs])
+    if all(one.shape[-1] == 1 for one in scores):
+        return Effects(np.stack(scores), (ANYWHERE,), whole)
+    values = [_by_role(one, pair) for one, pair in zip(scores, planted.pairs, strict=True)]
+    return Effects(np.stack(values), (*planted.pairs[0].roles, ELSEWHERE), whole)
 
 
 def _by_role(scores: np.ndarray, pair: Pair) -> np.ndarray:
@@ -90,12 +96,16 @@ def hits(method: Method, planted: Planted, found: Effects) -> dict[str, float] |
     return {what: _shared(map(keys[what], named), map(keys[what], true)) for what in method.tells}
 
 
-def true_places(kind: str, planted: Planted) -> set[Place]:
-    """The truth as far as it is of one kind."""
+def true_places(kind: str, planted: Planted, roles: Sequence[str] = ()) -> set[Place]:
+    """The truth as far as it is of one kind; at ANYWHERE where that is the only role."""
+    if tuple(roles) == (ANYWHERE,):
+        return {replace(place, role=ANYWHERE) for place in true_places(kind, planted)}
     if kind == "residual":
         return {Place(kind, layer, -1, role) for layer, role in enumerate(planted.path)}
     if kind == "sink":
         return {Place(kind, *planted.sink, "last")} if planted.sink is not None else set()
+    if kind in SUBLAYERS:
+        return {Place(kind, place.layer, -1, place.role) for place in planted.truth if place.kind == SUBLAYERS[kind]}
     return {place for place in planted.truth if place.kind == kind}
 
 
@@ -137,10 +147,23 @@ class Verdict:
 
 def verdict(method: Method, found: Effects) -> Verdict:
     """Hold a method's effects against the threshold."""
-    chance, share = family_wise_p(found.values), found.mean / np.sqrt((found.whole**2).mean())
-    passed = np.argwhere((share >= SHARE) & (chance <= CHANCE))
-    return Verdict(frozenset(found.place(method.kind, at) for at in passed), float(chance.min()),
+    passed, chance, share = threshold(found.values, found.whole)
+    return Verdict(frozenset(found.place(method.kind, at) for at in np.argwhere(passed)), float(chance.min()),
                    float(np.nanmax(share)))
+
+
+def threshold(values: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which places pass, their chance, and their share of the whole effect.
+
+    Args:
+        values: (pair, ...).
+        whole: (pair,).
+
+    Returns:
+        three of (...).
+    """
+    chance, share = family_wise_p(values), values.mean(0) / np.sqrt((whole**2).mean())
+    return (share >= SHARE) & (chance <= CHANCE), chance, share
 
 
 def family_wise_p(values: np.ndarray) -> np.ndarray:

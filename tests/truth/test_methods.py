@@ -12,6 +12,7 @@ import gptoss_workbench as wb
 from gptoss_workbench.planted import Place
 from tests.tolerances import SITE_F32
 from tests.truth import methods, report, score, table
+from tests.truth.base import metric_of, whole_effect
 
 NAMED = {method.name: method for method in methods.METHODS}
 EXACT = [method for method in methods.METHODS if method.name.startswith("exact") and "noising" not in method.name]
@@ -43,7 +44,7 @@ def test_looking_is_fooled_where_patching_is_not(route) -> None:
 def test_own_taps_equal_the_workbench_edits(route) -> None:
     model, pair = route.model, route.pairs[0]
     clean, corrupt = list(pair.clean), list(pair.corrupt)
-    base = methods.metric_of(model.run(corrupt), pair)
+    base = metric_of(model.run(corrupt), pair)
     run = model.run(clean, capture=["attn.z", "router.logits"])
     heads, router = methods.patch_heads(model, pair), methods.patch_router(model, pair)
     residual = wb.patching(model, clean, corrupt, metric=pair.metric, normalize=False)
@@ -59,7 +60,7 @@ def test_own_taps_equal_the_workbench_edits(route) -> None:
         (wb.add("mlp.out", change[expert.layer, expert.index, at].tolist(), layer=expert.layer, tokens=at),
          experts[expert.layer, expert.index, at]),
     ):
-        assert methods.metric_of(model.run(corrupt, edits=edit), pair) - base == pytest.approx(value, abs=SITE_F32)
+        assert metric_of(model.run(corrupt, edits=edit), pair) - base == pytest.approx(value, abs=SITE_F32)
         assert abs(value) > 1
 
 
@@ -68,7 +69,7 @@ def test_integrated_gradients_add_up_at_the_embedding() -> None:
     planted = wb.planted.band(3, pairs=1)
     (pair,) = planted.pairs
     parts = methods.attribute_residual(planted.model, pair, integrated=True)[0]
-    assert parts.sum() == pytest.approx(methods.whole_effect(planted.model, pair), rel=0.1)
+    assert parts.sum() == pytest.approx(whole_effect(planted.model, pair), rel=0.1)
 
 
 @pytest.mark.parametrize("number", [0, 2])
@@ -120,3 +121,18 @@ def test_the_published_results_meet_the_goals(repository) -> None:
     assert len(results["blank"]) >= 50 and {one["circuit"] for one in results["planted"]} == set(report.CIRCUITS)
     assert table.missed(results) == []
     assert report.PAGE.read_text(encoding="utf-8") == table.page(results)
+
+
+def results_with(blank: list[dict]) -> dict:
+    return {"planted": [], "blank": [{"seed": 0, "asked": "fact", "rows": blank}], "cut": []}
+
+
+def test_false_alarms_are_counted_against_what_the_threshold_allows() -> None:
+    """By hand: one in a thousand is allowed, two are not, and one of exact patching never is."""
+    fine = {"method": "RelP, heads", "chance": 0.4, "share": 0.1, "false": []}
+    wrong = {"method": "RelP, heads", "chance": 0.0005, "share": 0.3, "false": ["head 2 of layer 0 at last"]}
+    assert table.CHANCE == score.CHANCE and set(table.NEVER) == {method.name for method in EXACT}
+    assert table.missed(results_with([*[fine] * 999, wrong])) == []
+    assert "2 of 1000" in table.missed(results_with([*[fine] * 998, wrong, wrong]))[0]
+    (said,) = table.missed(results_with([*[fine] * 999, {**wrong, "method": "exact patching, heads"}]))
+    assert "exact patching, heads, the random model of seed 0" in said and "head 2 of layer 0" in said
