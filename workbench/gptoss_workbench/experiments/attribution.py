@@ -86,6 +86,7 @@ def attribution(
     than over all places, and it says nothing of what was missed; ``largest_other`` does, as far as it was drawn. The
     choice of experts has no gradient: a place that acts by rerouting shows in ``exact`` alone. Effects do not add up
     over layers. An interval over pairs is about prompts like these and supposes that effects spread about normally.
+    How often each method puts the right place first where it is known: docs/truth.md.
     """
     work = Work(model, clean, corrupt, metric, places_of(model, site, by, layers), router, method, steps, top, others)
     work.start(resume, Watch(on_plan, on_progress, should_stop))

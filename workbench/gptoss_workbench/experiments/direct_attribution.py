@@ -42,7 +42,8 @@ def direct_logit_attribution(
         SiteError: the run lacks one of the sites.
         ExperimentError: an answer is not one token.
 
-    Pitfall: direct means direct. A head that makes a later expert write the answer has no share of its own here.
+    Pitfall: direct means direct. A head that makes a later expert write the answer has no share of its own here;
+    docs/truth.md has how often that misleads where the circuit is known.
     """
     last, at = model.config.num_hidden_layers - 1, columns(run, tokens)
     rows = [single_id(model, token) for token in (answer, other) if token is not None]

@@ -80,7 +80,8 @@ def patching(
     Pitfalls: a high value says that the place carries what differs between the prompts, not that it computes it. What
     noising finds necessary and denoising finds sufficient are different sets where there are backups. Patched attention
     keys or values of one kv head reach every query head that shares it. A patched expert answers for its share of
-    ``mlp.out``, not for the routing that sent the token there: that is ``router.logits``.
+    ``mlp.out``, not for the routing that sent the token there: that is ``router.logits``. What it finds in circuits
+    that are known: docs/truth.md.
     """
     pairs = _pairs(model, clean, corrupt)
     alone = _as_batch(clean) is None

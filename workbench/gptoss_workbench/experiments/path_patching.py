@@ -101,7 +101,7 @@ def path_patching(
     Pitfalls: edges don't add up, since receivers are not linear. A kv head speaks to all the query heads that share it.
     An expert's share counts its weight and is nothing where it does not serve, so its edge also holds that the clean
     run may have sent other tokens there. Wang et al. let the MLPs in between react; here they are held, as the
-    attention is.
+    attention is. How often it names the right path where that is known: docs/truth.md.
     """
     (pair,) = _pairs(model, clean, corrupt)
     layers = model.config.num_hidden_layers
