@@ -1,8 +1,8 @@
 """The benchmark of planted truth: ``python -m tests.truth.report``, or ``make truth``.
 
 Asks every method about models whose circuits are known, and about models that have none. Writes results.json beside
-this file and docs/truth.md, prints the tables, and fails when exact patching misses a true place, or names one in a
-model without a circuit, or all methods together do so more often than their threshold allows.
+this file and docs/truth.md, prints the tables, and fails when exact patching misses a true place, or any method names a
+place in a model without a circuit.
 """
 
 from __future__ import annotations

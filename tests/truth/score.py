@@ -4,9 +4,10 @@ Two questions, kept apart.
 
 - *Rank*: told how many true places there are, are they the ones that the method puts first? That is the hit rate.
 - *Threshold*: told nothing, which places does it name? A place is named when over the pairs its mean effect is at least
-  ``SHARE`` of the whole effect (the root mean square over pairs of clean minus corrupt) and no more than one in
-  1 / ``CHANCE`` random assignments of "answer" and "other" to the pairs' two tokens gives any place of the model as
-  large a mean effect: a sign-flip permutation test that holds for all places together (Westfall & Young 1993).
+  ``SHARE`` of the whole effect (the root mean square over pairs of clean minus corrupt) and no more than a share of
+  ``CHANCE`` of the assignments of "answer" and "other" to the pairs' two tokens gives any place of the model as large a
+  mean effect: with 12 pairs the true one alone, the strictest that they allow. It is a sign-flip permutation test that
+  holds for all places together (Westfall & Young 1993).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from gptoss_workbench.planted import Pair, Place, Planted
 from tests.truth.base import Method
 
-SHARE, CHANCE = 0.25, 0.001
+SHARE, CHANCE = 0.25, 1 / 4096
 ELSEWHERE = "elsewhere"  # the role of every token without one
 ANYWHERE = "any token"  # the only role of a method that asks about the prompt as a whole
 SUBLAYERS = {"attention": "head", "mlp": "expert"}  # a sublayer is true where something true is inside it

@@ -16,9 +16,7 @@ CIRCUITS = (
     ("faithful reasoning", "the head that copies from the reasoning, at the last", "the same"),
 )
 TELLS = ("layer", "token", "head", "expert", "path")
-NEVER = tuple(f"exact patching, {where}" for where in ("residual stream", "heads", "experts", "router"))
-"""Methods that may name nothing where there is nothing; all together as often as the threshold lets them by chance."""
-CHANCE = 0.001  # of score.py, which the tests hold it to
+SHARE, CHANCE, LENIENT = 0.25, 1 / 4096, 0.001  # of score.py, which the tests hold it to; and what is often used
 Results = Mapping[str, Any]
 
 
@@ -66,11 +64,11 @@ def nothing(results: Results) -> list[str]:
         rows = measured(results[group])
         if rows:
             low, false = [row["chance"] <= 0.05 for row in rows], sum(len(row["false"]) for row in rows)
-            both = max((row["share"] for row in rows if row["chance"] <= 0.001), default=0.0)
+            lenient = sum(row["chance"] <= LENIENT and row["share"] >= SHARE for row in rows)
             lines.append(f"{title}: {len(results[group])} models, {len(rows)} examinations, "
                          f"{false} place{'s' * (false != 1)} named. "
-                         f"{sum(low)} examinations ({sum(low) / len(low):.1%}) had a chance of 0.05 or less; the "
-                         f"largest effect in those of 0.001 or less was {both:.2f} of the whole.")
+                         f"{sum(low)} examinations ({sum(low) / len(low):.1%}) had a chance of 0.05 or less; at "
+                         f"{LENIENT} instead of 1/{1 / CHANCE:.0f}, {lenient} would have named a place.")
     return lines
 
 
@@ -102,19 +100,15 @@ def missed(results: Results) -> list[str]:
         for row in one["rows"]:
             if row["method"].startswith("exact") and row["hits"] and min(row["hits"].values()) < 1:
                 wrong.append(f"{where}: {row['method']} misses: {row['hits']}")
-    false = alarms(results)
-    wrong += [line for method, line in false if method in NEVER]
-    asked_in_all = len(measured([*results["blank"], *results["cut"]]))
-    if len(false) > CHANCE * asked_in_all:
-        wrong += [f"{len(false)} of {asked_in_all} examinations without a circuit name places", *dict(false).values()]
+    wrong += alarms(results)
     return wrong
 
 
-def alarms(results: Results) -> list[tuple[str, str]]:
-    """Examinations that name a place where there is nothing: the method, and the whole in words."""
+def alarms(results: Results) -> list[str]:
+    """Examinations that name a place where there is nothing, in words."""
     words = {"blank": "the random model", "cut": "the cut model"}
-    return [(row["method"], f"{row['method']}, {words[group]} of seed {one['seed']}, prompts of the {one['asked']}: "
-             f"{', '.join(row['false'])} (chance {row['chance']:.5f}, {row['share']:.2f} of the whole)")
+    return [f"{row['method']}, {words[group]} of seed {one['seed']}, prompts of the {one['asked']}: "
+            f"{', '.join(row['false'])} (chance {row['chance']:.5f}, {row['share']:.2f} of the whole)"
             for group in words for one in results[group] for row in one["rows"] if row.get("false")]
 
 
@@ -143,7 +137,6 @@ def page(results: Results) -> str:
     rows = [row for one in results["planted"] for row in one["rows"] if "named" in row]
     false = sum(len(row["false"]) for row in rows if row["method"].startswith("exact"))
     nulls = "\n".join(f"- {line}" for line in nothing(results))
-    named = "\n".join(f"- Named by chance: {line}." for _, line in alarms(results))
     return f"""# What the methods find
 
 Made by `make truth` ({about["seeds"]} models of each circuit, {about["pairs"]} prompt pairs each, background
@@ -217,12 +210,12 @@ What the tables say:
 ## False alarms
 
 Told nothing, a method names a place when two things hold over the {about["pairs"]} pairs. Its mean effect is at least
-a quarter of the whole effect (the root mean square over the pairs of clean minus corrupt, in logits). And no more than
-one in a thousand assignments of random signs to the pairs (which of the two tokens is called the answer) gives *any*
-place of the model so large a mean effect: a permutation test over all places together. By that threshold:
+a quarter of the whole effect (the root mean square over the pairs of clean minus corrupt, in logits). And of the
+{1 / CHANCE:.0f} ways to call one of the two tokens of each pair the answer none but the true one gives *any* place of
+the model so large a mean effect: a permutation test over all places together, as strict as so many pairs allow. By
+that threshold:
 
 {nulls}
-{named or "- Nothing was named by chance."}
 - In the planted models exact patching names {false} places that are not true ones.
 
 The first are models of unit-size random weights, asked the prompts of every circuit; the second have a circuit whose
@@ -232,8 +225,8 @@ integrated gradients by layer, what was patched of the top 10, variants) about t
 cut: {how_many(results)} random ones. An examination is one method on one model. The share
 of them at 0.05 or less says whether the test is honest (it should be near 5 %).
 
-By this threshold one examination in a thousand may name a place by chance, so of so many one or two are expected to.
-`make truth` fails when more do, and when exact patching by denoising (`wb.patching` unless told otherwise) names any.
+With so many examinations a threshold of one in a thousand would name a place or two by chance. `make truth` fails when
+any method names one.
 
 Path patching goes on to its second step only where the first named the head: to pick a head for its large effect and
 then ask whether what it hears has a large effect would find something anywhere.
