@@ -20,12 +20,12 @@ EXACT = [method for method in methods.METHODS if method.name.startswith("exact")
 
 @pytest.fixture(scope="module")
 def route():
-    return wb.planted.route(11, pairs=10)
+    return wb.planted.route(11, pairs=12)
 
 
 @pytest.mark.parametrize("name", ["induction", "route", "sink gate", "unfaithful reasoning"])
 def test_exact_patching_names_the_truth_by_rank_and_by_threshold(name: str) -> None:
-    planted = wb.planted.MAKERS[name](11, pairs=10)
+    planted = wb.planted.MAKERS[name](11, pairs=12)
     for method in EXACT:
         found = score.effects(method, planted)
         right = score.hits(method, planted, found)
@@ -75,7 +75,7 @@ def test_integrated_gradients_add_up_at_the_embedding() -> None:
 @pytest.mark.parametrize("number", [0, 2])
 def test_nothing_is_named_where_there_is_nothing(number: int) -> None:
     like = list(wb.planted.MAKERS)[number]
-    blank = wb.planted.no_circuit(number, like=like, pairs=10)
+    blank = wb.planted.no_circuit(number, like=like, pairs=12)
     rows = report.ask(blank, [*EXACT, NAMED["gradient x difference, heads"]])
     assert [row["false"] for row in rows] == [[]] * len(rows)
 

@@ -69,8 +69,8 @@ def test_a_true_edge_by_hand(name: str) -> None:
 
 def test_edges_are_named_in_their_order() -> None:
     """The strongest of a made-up table, one that is no edge, and one that is strong in one pair alone."""
-    planted = wb.planted.fact(0, pairs=11)
-    values = np.random.default_rng(0).normal(0, 0.01, (11, len(paths.senders(planted)), 2))
+    planted = wb.planted.fact(0, pairs=12)
+    values = np.random.default_rng(0).normal(0, 0.01, (12, len(paths.senders(planted)), 2))
     values[:, 0], values[:, 5, 1], values[0, 7, 0] = np.nan, 10, 60
     step = paths.Step(planted, [("q", 1, 0), ("k", 1, 0)], values)
     true = (paths.senders(planted)[5], ("k", 1, 0))
@@ -82,12 +82,12 @@ def test_edges_are_named_in_their_order() -> None:
 
 @pytest.mark.parametrize("name", ["induction", "route", "sink gate", "faithful reasoning"])
 def test_both_steps_name_the_path(name: str) -> None:
-    first, second = paths.ask(CIRCUITS[name](11, pairs=10))
+    first, second = paths.ask(CIRCUITS[name](11, pairs=12))
     for row in (first, second):
         assert row["hits"] == {"path": 1.0} and row["named"] == row["true"] and row["false"] == []
 
 
 def test_without_a_circuit_it_stops_after_the_first_step() -> None:
-    rows = paths.ask(wb.planted.no_circuit(1, like="induction", pairs=10))
+    rows = paths.ask(wb.planted.no_circuit(1, like="induction", pairs=12))
     assert [row["method"] for row in rows] == [paths.TO_LOGITS]
     assert rows[0]["true"] == 0 and rows[0]["false"] == [] and "hits" not in rows[0]
