@@ -242,3 +242,9 @@ for module in gptoss_jupyter, gptoss_kernels, gptoss_workbench:
     assert done.returncode == 0, done.stderr
     assert "cut off after 8 tokens" in done.stdout
     assert all(line.startswith(str(site)) for line in done.stdout.splitlines()[-3:]), done.stdout
+
+
+def test_the_picture_of_speed_shows_the_figures():
+    from tests.benchmarks import plot
+
+    assert plot.PICTURE.read_text(encoding="utf-8") == plot.picture(json.loads(plot.RESULT.read_text(encoding="utf-8")))

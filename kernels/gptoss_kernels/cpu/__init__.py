@@ -17,7 +17,7 @@ import torch
 from gptoss_kernels.cpu.attend import attention, attention_scores, attention_shown, attention_values
 from gptoss_kernels.cpu.choice import describe, forced, outlook
 from gptoss_kernels.cpu.fused import expert_mixture, project_qkv
-from gptoss_kernels.cpu.small import add_norm, apply_rope, combine_experts, rms_norm, swiglu
+from gptoss_kernels.cpu.small import add_norm, apply_rope, combine_experts, rms_norm
 from gptoss_kernels.cpu.weights import DTYPES, expert_linear, linear
 from gptoss_kernels.reference import (
     choose_experts,
@@ -27,6 +27,7 @@ from gptoss_kernels.reference import (
     softmax_with_sink,
     split_gate_up,
     store_kv,
+    swiglu,
     visible_keys,
     yarn_frequencies,
 )

@@ -1,4 +1,4 @@
-"""Norms, rotation, SwiGLU and the weighted sum of experts as compiled tasks, with the reference's roundings.
+"""Norms, rotation and the weighted sum of experts as compiled tasks, with the reference's roundings.
 
 Gradients, other dtypes and devices, tensors of no elements and processors without numba are left to the reference.
 """
@@ -13,7 +13,6 @@ from torch import Tensor
 from gptoss_kernels import reference
 from gptoss_kernels.cpu import products
 from gptoss_kernels.cpu.choice import chosen
-from gptoss_kernels.cpu.tables import sigmoids
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -48,19 +47,6 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out = torch.empty_like(x)
     run("rotated", x.shape[0] * x.shape[1], x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), x.shape[2],
          cos.shape[-1], wide(x))
-    return out
-
-
-def swiglu(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
-    """As ``reference.swiglu``."""
-    if gate.shape != up.shape or not suits(gate, up):
-        return reference.swiglu(gate, up, alpha, limit)
-    width = gate.shape[-1]
-    rows = [side.reshape(-1, width) for side in (gate, up)]
-    places = [number for side in rows for number in (side.data_ptr(), *side.stride())]
-    out = torch.empty(gate.shape, dtype=gate.dtype)
-    run("gated", len(rows[0]), *places, out.data_ptr(), width, wide(gate), bits(alpha), bits(limit),
-        sigmoids().data_ptr())
     return out
 
 

@@ -1,6 +1,6 @@
 """What a scale byte means, looked up instead of computed: exact from the subnormals to the largest byte.
 
-These tables are made by the decoder that every kernel is held to (``gptoss_kernels.mxfp4``).
+The tables are made by the decoder that every kernel is held to (``gptoss_kernels.mxfp4``).
 """
 
 from __future__ import annotations
@@ -35,10 +35,3 @@ def halves() -> Tensor:
     """uint8 (256, 2, 16): the upper bytes of ``words``, then the lower ones."""
     bits = words().to(torch.int32)
     return torch.stack((bits >> 8 & 255, bits & 255), dim=1).to(torch.uint8).contiguous()
-
-
-@cache
-def sigmoids() -> Tensor:
-    """int16 (65536,): bits in bfloat16 of the sigmoid, as torch rounds it, of the bfloat16 with each 16 bits."""
-    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
-    return torch.sigmoid(every.view(torch.bfloat16)).view(torch.int16)

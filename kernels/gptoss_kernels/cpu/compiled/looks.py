@@ -12,8 +12,8 @@ import numba
 import numpy as np
 
 from gptoss_kernels.cpu.compiled.machine import address, float_of, take
-from gptoss_kernels.cpu.compiled.small import as_float, once, store
-from gptoss_kernels.cpu.compiled.tasks import FIELDS, SIGNATURE, at_number, carray
+from gptoss_kernels.cpu.compiled.tasks import FIELDS, SIGNATURE, at_number
+from gptoss_kernels.cpu.compiled.values import carray, load, once, store
 
 REORDER = {"reassoc", "contract"}
 """What the compiler may do to a sum, so that it runs in vectors: the order is then the same in every run."""
@@ -35,27 +35,24 @@ def scored(_: int, keep: bool) -> Any:
                 return
             row, head = item // kv_heads, item % kv_heads
             q = a[2] + item * groups * width * size
-            q32, q16 = carray(address(q), (1,), np.float32), carray(address(q), (1,), np.uint16)
             for g in range(groups):
                 for i in range(width):
-                    query[g, i] = as_float(wide, q32, q16, g * width + i)
+                    query[g, i] = load(wide, q, g * width + i)
             visible = carray(address(a[4] + row * keys), (keys,), np.uint8)
             out = a[5] + item * groups * keys * size
-            o32, o16 = carray(address(out), (1,), np.float32), carray(address(out), (1,), np.uint16)
             for s in range(keys):
                 if visible[s] == 0:
                     for g in range(groups):
-                        store(wide, o32, o16, g * keys + s, np.float32(-np.inf))
+                        store(wide, out, g * keys + s, np.float32(-np.inf))
                     continue
                 k = a[3] + (row * k_row + s * k_key + head * width) * size
-                k32, k16 = carray(address(k), (1,), np.float32), carray(address(k), (1,), np.uint16)
                 for i in range(width):
-                    key[i] = as_float(wide, k32, k16, i)
+                    key[i] = load(wide, k, i)
                 for g in range(groups):
                     total = np.float32(0.0)
                     for i in range(width):
                         total += query[g, i] * key[i]
-                    store(wide, o32, o16, g * keys + s, once(wide, total) * factor)
+                    store(wide, out, g * keys + s, once(wide, total) * factor)
     return task
 
 
@@ -74,20 +71,17 @@ def mixed(_: int, keep: bool) -> Any:
                 return
             row, head = item // kv_heads, item % kv_heads
             weights = a[2] + item * groups * (keys + 1) * size  # the last column is the sink's
-            w32, w16 = carray(address(weights), (1,), np.float32), carray(address(weights), (1,), np.uint16)
             sums[:] = 0
             for s in range(keys):
                 v = a[3] + (row * v_row + s * v_key + head * width) * size
-                v32, v16 = carray(address(v), (1,), np.float32), carray(address(v), (1,), np.uint16)
                 for i in range(width):
-                    value[i] = as_float(wide, v32, v16, i)
+                    value[i] = load(wide, v, i)
                 for g in range(groups):
-                    weight = as_float(wide, w32, w16, g * (keys + 1) + s)
+                    weight = load(wide, weights, g * (keys + 1) + s)
                     for i in range(width):
                         sums[g, i] += weight * value[i]
             out = a[4] + item * groups * width * size
-            o32, o16 = carray(address(out), (1,), np.float32), carray(address(out), (1,), np.uint16)
             for g in range(groups):
                 for i in range(width):
-                    store(wide, o32, o16, g * width + i, sums[g, i])
+                    store(wide, out, g * width + i, sums[g, i])
     return task

@@ -11,9 +11,9 @@ import numba
 import numpy as np
 
 from gptoss_kernels.cpu.compiled.machine import address, take
-from gptoss_kernels.cpu.compiled.small import as_float, once, store
-from gptoss_kernels.cpu.compiled.tasks import FIELDS, SIGNATURE, at_number, carray
+from gptoss_kernels.cpu.compiled.tasks import FIELDS, SIGNATURE, at_number
 from gptoss_kernels.cpu.compiled.tiles import TOKENS
+from gptoss_kernels.cpu.compiled.values import carray, load, once, store
 
 
 def panelled(_: int, keep: bool) -> Any:
@@ -21,8 +21,7 @@ def panelled(_: int, keep: bool) -> Any:
     @numba.cfunc(SIGNATURE, cache=keep)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
-        width, wide = a[5], a[6]
-        x32, x16 = carray(address(a[2]), (1,), np.float32), carray(address(a[2]), (1,), np.uint16)
+        x, width, wide = a[2], a[5], a[6]
         counter = at_number(a)
         while True:
             panel = take(counter)
@@ -37,7 +36,7 @@ def panelled(_: int, keep: bool) -> Any:
                         out[i, token] = np.float32(0.0)
                 else:
                     for i in range(width):
-                        out[i, token] = as_float(wide, x32, x16, start + i)
+                        out[i, token] = load(wide, x, start + i)
     return task
 
 
@@ -47,9 +46,7 @@ def seated(_: int, keep: bool) -> Any:
     @numba.cfunc(SIGNATURE, cache=keep)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
-        height, wide, twice = a[7], a[8], a[9]
-        o32, o16 = carray(address(a[6]), (1,), np.float32), carray(address(a[6]), (1,), np.uint16)
-        b32, b16 = carray(address(a[5]), (1,), np.float32), carray(address(a[5]), (1,), np.uint16)
+        biases, out, height, wide, twice = a[5], a[6], a[7], a[8], a[9]
         counter = at_number(a)
         while True:
             panel = take(counter)
@@ -64,7 +61,7 @@ def seated(_: int, keep: bool) -> Any:
                     continue
                 for i in range(height):
                     product = once(wide, found[i, token]) if twice else found[i, token]
-                    if a[5] != 0:
-                        product += as_float(wide, b32, b16, bias + i)
-                    store(wide, o32, o16, start + i, product)
+                    if biases != 0:
+                        product += load(wide, biases, bias + i)
+                    store(wide, out, start + i, product)
     return task

@@ -6,18 +6,20 @@ import numba
 import numpy as np
 
 from gptoss_kernels.cpu.compiled.machine import bits_of
+from gptoss_kernels.cpu.compiled.values import load
 
 LIMIT = np.float64(127.49 * 65536)
 """About the largest integer, of either sign, that three digits from -128 to 127 can write in base 256."""
 
 
 @numba.njit
-def as_floats(x, out):
-    """x float32 (n,), n a multiple of 32 -> in every 32 the even ones first, then the odd ones."""
-    for block in range(len(x) // 32):
+def as_floats(wide, at, out):
+    """Numbers at an address (see ``values``) -> out float32 (n,), n a multiple of 32: in every 32 the even ones first,
+    then the odd ones."""
+    for block in range(len(out) // 32):
         for j in range(16):
-            out[32 * block + j] = x[32 * block + 2 * j]
-            out[32 * block + 16 + j] = x[32 * block + 2 * j + 1]
+            out[32 * block + j] = load(wide, at, 32 * block + 2 * j)
+            out[32 * block + 16 + j] = load(wide, at, 32 * block + 2 * j + 1)
 
 
 @numba.njit

@@ -14,9 +14,8 @@ import numpy as np
 from numba import types
 
 from gptoss_kernels.cpu.compiled import prepare, rows
-from gptoss_kernels.cpu.compiled.machine import address, bits_of, float_of, take
-
-carray: Any = numba.carray  # type: ignore[attr-defined]
+from gptoss_kernels.cpu.compiled.machine import address, take
+from gptoss_kernels.cpu.compiled.values import carray, load, once, rounded, store, widened
 
 FIELDS = 20
 
@@ -27,32 +26,15 @@ STREAMS = 4
 SIGNATURE = types.void(types.voidptr)
 
 
-@numba.njit(inline="always")
-def rounded(x):
-    """float32 -> bits of the nearest bfloat16, ties to even."""
-    bits = bits_of(x)
-    if x != x:
-        return np.uint16(0x7FC0)
-    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-
-
-@numba.njit(inline="always")
-def widened(bits):
-    """Bits of a bfloat16 -> float32."""
-    return float_of(np.uint32(bits) << np.uint32(16))
-
-
 def mxfp4_rows(way: int, keep: bool) -> Any:
     """Products of prepared activations with rows of their experts, plus bias. See ``products.expert_rows``."""
     @numba.cfunc(SIGNATURE, cache=keep)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
-        blocks, scales, groups_at, jobs_at, x, bias_at, out_at, powers = a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]
+        blocks, scales, groups_at, jobs_at, x, bias, out, powers = a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]
         height, width, step, per_item, groups, wide = a[10], a[11], a[12], a[13], a[14], a[15]
         group = carray(address(groups_at), (groups, 3), np.int64)
         job = carray(address(jobs_at), (group[groups - 1, 2], 2), np.int64)
-        bias32, bias16 = carray(address(bias_at), (1,), np.float32), carray(address(bias_at), (1,), np.uint16)
-        out32, out16 = carray(address(out_at), (1,), np.float32), carray(address(out_at), (1,), np.uint16)
         stretches = (height + per_item - 1) // per_item
         counter = at_number(a)
         while True:
@@ -72,10 +54,11 @@ def mxfp4_rows(way: int, keep: bool) -> Any:
                     if row < start + apart:
                         several = rows.mxfp4_dots(way, STREAMS, here, scale, apart, activations, powers, width)
                         for i in range(STREAMS):
-                            put(several[i], wide, bias32, bias16, place + i * apart, out32, out16, target + i * apart)
+                            added = once(wide, several[i]) + load(wide, bias, place + i * apart)
+                            store(wide, out, target + i * apart, added)
                     else:
                         alone = rows.mxfp4_dots(way, 1, here, scale, 0, activations, powers, width)
-                        put(alone[0], wide, bias32, bias16, place, out32, out16, target)
+                        store(wide, out, target, once(wide, alone[0]) + load(wide, bias, place))
                 row = following(row, start, apart)
     return task
 
@@ -84,15 +67,6 @@ def mxfp4_rows(way: int, keep: bool) -> Any:
 def following(row, start, apart):
     """The row after this one: those of the other streams are done when the first stream ends."""
     return row + 1 if row + 1 != start + apart else start + STREAMS * apart
-
-
-@numba.njit(inline="always")
-def put(product, wide, bias32, bias16, place, out32, out16, target):
-    """A product plus its bias where it belongs. In bfloat16 the product is rounded, then the sum is."""
-    if wide:
-        out32[target] = product + bias32[place]
-    else:
-        out16[target] = rounded(widened(rounded(product)) + widened(bias16[place]))
 
 
 def dense_rows(way: int, keep: bool) -> Any:
@@ -111,10 +85,7 @@ def dense_rows(way: int, keep: bool) -> Any:
         counter, length = at_number(a), steps * 32
         own = np.empty(vectors * length if widening else 1, np.float32)
         if widening:  # each thread for itself: sooner done than handed round
-            given = carray(address(x), (vectors * length,), np.uint16)
-            for i in range(0, vectors * length, 2):
-                place = i // 32 * 32 + i % 32 // 2
-                own[place], own[place + 16] = widened(given[i]), widened(given[i + 1])
+            prepare.as_floats(False, x, own)
             x, step = at_number(own), length * 4
         while True:
             start = take(counter) * per_item
@@ -229,8 +200,7 @@ def prepared(way: int, keep: bool) -> Any:
                 i = take(counter)
                 if i >= a[1]:
                     return
-                prepare.as_floats(carray(address(a[2] + i * length * 4), (length,), np.float32),
-                                  carray(address(a[3] + i * step), (length,), np.float32))
+                prepare.as_floats(True, a[2] + i * length * 4, carray(address(a[3] + i * step), (length,), np.float32))
     return task
 
 
