@@ -190,7 +190,7 @@ def test_nothing_is_written_outside(path: str, dtype: torch.dtype) -> None:
         for before in (1, 3):
             guarded = torch.full((before + 4 * rows + 5,), 77.0, dtype=dtype)
             out = guarded[before : before + 4 * rows].view(4, rows)
-            products.expert_rows(x, [1, 0, 2], [0, 1, 2, 2], weight, bias, out,
+            products.expert_rows(x, torch.tensor([1, 0, 1, 0, 2]), torch.tensor([[0, 1], [2, 2]]), weight, bias, out,
                                  here.experts[dtype])
             assert (guarded[:before] == 77).all() and (guarded[before + 4 * rows :] == 77).all()
             assert (out[[0, 3]] == 77).all() and not (out[[1, 2]] == 77).all()

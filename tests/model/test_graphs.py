@@ -319,7 +319,7 @@ def test_it_can_be_turned_off(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> N
 def test_kernels_that_read_back_are_not_recorded(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny, "transformer", Transformer(tiny.config, tiny.weights, reference))
     assert "read numbers back" in tiny.generate(IDS, max_tokens=3, stop=[]).finish().decoding
-    monkeypatch.setattr(reference, "recordable", True, raising=False)
+    monkeypatch.setattr(reference, "not_recorded", lambda dtype, rows: None, raising=False)
     with pytest.raises(RefusedWhileRecording):  # the recorder sees what a GPU would refuse
         tiny.generate(IDS, max_tokens=3, stop=[]).finish()
 

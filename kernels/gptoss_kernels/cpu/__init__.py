@@ -14,29 +14,28 @@ from __future__ import annotations
 
 import torch
 
-from gptoss_kernels.cpu.attend import attention, attention_scores, attention_shown, attention_values
-from gptoss_kernels.cpu.choice import describe, forced, outlook
-from gptoss_kernels.cpu.fused import expert_mixture, project_qkv
-from gptoss_kernels.cpu.small import add_norm, apply_rope, combine_experts, rms_norm
-from gptoss_kernels.cpu.weights import DTYPES, expert_linear, linear
-from gptoss_kernels.reference import (
-    choose_experts,
-    expert_weights,
-    rope_tables,
-    route,
+from gptoss_kernels.cpu import matmul
+from gptoss_kernels.cpu.attend import (
+    attention,
+    attention_scores,
+    attention_shown,
+    attention_values,
     softmax_with_sink,
-    split_gate_up,
     store_kv,
-    swiglu,
     visible_keys,
-    yarn_frequencies,
 )
+from gptoss_kernels.cpu.choice import chosen, describe, forced, outlook
+from gptoss_kernels.cpu.fused import expert_mixture, project_qkv
+from gptoss_kernels.cpu.routing import choose_experts, expert_weights, route
+from gptoss_kernels.cpu.small import add_norm, apply_rope, combine_experts, rms_norm, swiglu
+from gptoss_kernels.cpu.weights import DTYPES, expert_linear, linear
+from gptoss_kernels.reference import rope_tables, split_gate_up, yarn_frequencies
 
 __all__ = [
     "add_norm", "apply_rope", "attention", "attention_scores", "attention_shown", "attention_values", "choose_experts",
     "combine_experts", "describe", "expert_linear", "expert_mixture", "expert_weights", "forced", "linear", "missing",
-    "name", "outlook", "project_qkv", "rms_norm", "rope_tables", "route", "softmax_with_sink", "split_gate_up",
-    "store_kv", "swiglu", "visible_keys", "yarn_frequencies",
+    "name", "not_recorded", "outlook", "project_qkv", "rms_norm", "rope_tables", "route", "softmax_with_sink",
+    "split_gate_up", "store_kv", "swiglu", "visible_keys", "yarn_frequencies",
 ]
 
 name = "cpu"
@@ -48,4 +47,13 @@ def missing(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"for a processor, not for {device.type}"
     if dtype not in DTYPES:
         return f"bfloat16 or float32 only, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def not_recorded(dtype: torch.dtype, rows: int) -> str | None:
+    """Why a step of so many prompts can't be recorded; None when it can."""
+    if chosen(dtype) is None:
+        return "without compiled code the experts of each token are read back"
+    if rows >= matmul.many():
+        return f"the experts of {matmul.many()} prompts or more are read back"
     return None

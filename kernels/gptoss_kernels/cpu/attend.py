@@ -11,9 +11,43 @@ import math
 import torch
 from torch import Tensor
 
+from gptoss_kernels import reference
+from gptoss_kernels.cpu.choice import chosen
 from gptoss_kernels.cpu.matmul import matmul
 from gptoss_kernels.cpu.small import bits, run, suits, wide
-from gptoss_kernels.reference import softmax_with_sink, visible_keys
+
+
+def visible_keys(positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
+    """As ``reference.visible_keys``."""
+    rows, columns = key_positions.shape
+    if positions.shape != (rows, 1) or columns == 0 or not _computes(positions, key_positions):
+        return reference.visible_keys(positions, key_positions, window)
+    positions, key_positions = positions.contiguous(), key_positions.contiguous()
+    visible = torch.empty(rows, 1, columns, dtype=torch.bool)
+    run("revealed", rows, positions.data_ptr(), key_positions.data_ptr(), visible.data_ptr(), columns,
+        -1 if window is None else window)
+    return visible
+
+
+def softmax_with_sink(scores: Tensor, sinks: Tensor) -> Tensor:
+    """As ``reference.softmax_with_sink``."""
+    rows, heads, queries, keys = scores.shape
+    if queries != 1 or not suits(scores, sinks) or sinks.shape != (heads,):
+        return reference.softmax_with_sink(scores, sinks)
+    scores, sinks = scores.contiguous(), sinks.contiguous()
+    pattern = torch.empty(rows, heads, 1, keys + 1, dtype=scores.dtype)
+    run("softened", rows * heads, scores.data_ptr(), sinks.data_ptr(), pattern.data_ptr(), heads, keys, wide(scores))
+    return pattern
+
+
+def store_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, column: Tensor) -> None:
+    """As ``reference.store_kv``; a column that does not exist is not written."""
+    same = keys.shape == values.shape and k.shape == v.shape == (len(keys), 1, *keys.shape[2:])
+    if not (same and suits(keys, values, k, v) and keys.is_contiguous() and values.is_contiguous()):
+        return reference.store_kv(keys, values, k, v, column)
+    k, v = k.contiguous(), v.contiguous()
+    run("stored", len(keys), keys.data_ptr(), values.data_ptr(), k.data_ptr(), v.data_ptr(), column.data_ptr(),
+        keys.shape[1], k[0].numel() * k.itemsize)
 
 
 def attention_scores(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
@@ -57,6 +91,11 @@ def attention(
 ) -> Tensor:
     """As ``reference.attention``."""
     return attention_shown(q, k, v, sinks, positions, key_positions, window)[0]
+
+
+def _computes(*positions: Tensor) -> bool:
+    return (all(one.dtype == torch.int64 and one.device.type == "cpu" for one in positions)
+            and chosen(torch.bfloat16) is not None)
 
 
 def _suits(small: Tensor, cached: Tensor) -> bool:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptoss_kernels import reference
-from gptoss_kernels.cpu import matmul, products
+from gptoss_kernels.cpu import matmul, products, recording
 from gptoss_kernels.cpu.paths import Path
 from gptoss_kernels.experts import ExpertWeight
 from gptoss_kernels.mxfp4 import BLOCK, Mxfp4Tensor
@@ -33,10 +33,15 @@ class Engine:
         """As ``reference.expert_linear``, which also computes what these kernels do not: gradients, dense or scattered
         weights, other dtypes and devices."""
         if not isinstance(weight, Mxfp4Tensor) or not self._suits_experts(x, experts, weight, bias):
+            recording.refuse("the reference's product with experts")
             return reference.expert_linear(x, experts, weight, bias)
         n, k = experts.shape
         per_slot, x, bias = x.dim() == 3, x.contiguous().view(-1, x.shape[-1]), bias.contiguous()
         out = torch.empty(n * k, weight.blocks.shape[1], dtype=x.dtype)
+        if n < matmul.many():
+            self._all_few(x, experts.contiguous().view(-1), 1 if per_slot else k, weight, bias, out)
+            return out.view(n, k, -1)
+        recording.refuse(f"experts of {n} tokens at a time")
         served = _by_expert(experts.reshape(-1).tolist(), len(weight.blocks))
         few = {expert: places for expert, places in served.items() if len(places) < matmul.many()}
         if few:
@@ -83,6 +88,14 @@ class Engine:
                 and all(tensor.dtype == torch.bfloat16 for tensor in tensors) and x.shape[-1:] == weight.shape[1:]
                 and (bias is None or bias.shape == weight.shape[:1]) and not _wants_gradient(*tensors))
 
+    def _all_few(self, x: Tensor, experts: Tensor, slots: int, weight: Mxfp4Tensor, bias: Tensor, out: Tensor) -> None:
+        """All rows of so few tokens that no expert serves many. Nothing is read back, unless it can be an error.
+        ``slots`` as in ``_few``."""
+        groups, jobs = products.grouped(experts, len(weight.blocks), slots)
+        if not recording.active() and groups[1]:
+            raise _no_such_expert(experts, len(weight.blocks))
+        products.expert_rows(x, groups, jobs, weight, bias, out, self.path.experts[x.dtype])
+
     def _few(self, x: Tensor, served: dict[int, list[int]], slots: int, weight: Mxfp4Tensor, bias: Tensor, out: Tensor
              ) -> None:
         """Experts with few rows each, all at once. ``slots`` rows of ``out`` in turn belong to one row of x."""
@@ -92,12 +105,12 @@ class Engine:
             needed = sorted(set(sources))
             position = {source: number for number, source in enumerate(needed)}
             x, sources = x[torch.tensor(needed)], [position[source] for source in sources]
-        groups, start = [], 0
+        groups, start = [len(served), 0], 0
         for expert, several in served.items():
             groups += (expert, start, start + len(several))
             start += len(several)
-        jobs = [number for pair in zip(sources, places) for number in pair]
-        products.expert_rows(x, groups, jobs, weight, bias, out, self.path.experts[x.dtype])
+        jobs = torch.tensor(list(zip(sources, places)))
+        products.expert_rows(x, torch.tensor(groups), jobs, weight, bias, out, self.path.experts[x.dtype])
 
     def _in_tiles(self, dtype: torch.dtype) -> bool:
         """Whether many rows are multiplied in float32, by the tiles of ``products.expert_tiles``."""
@@ -159,8 +172,12 @@ def _by_expert(chosen: list[int], experts: int) -> dict[int, list[int]]:
         served.setdefault(expert, []).append(place)
     ordered = sorted(served)
     if ordered[0] < 0 or ordered[-1] >= experts:
-        raise IndexError(f"experts must be from 0 to {experts - 1}, got {ordered[0]} to {ordered[-1]}")
+        raise _no_such_expert(torch.tensor(ordered), experts)
     return {expert: served[expert] for expert in ordered}
+
+
+def _no_such_expert(chosen: Tensor, experts: int) -> IndexError:
+    return IndexError(f"experts must be from 0 to {experts - 1}, got {int(chosen.min())} to {int(chosen.max())}")
 
 
 _own = threading.local()

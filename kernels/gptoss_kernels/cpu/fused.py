@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gptoss_kernels.cpu.small import apply_rope, combine_experts
+from gptoss_kernels.cpu.small import apply_rope, combine_experts, swiglu
 from gptoss_kernels.cpu.weights import expert_linear, linear
 from gptoss_kernels.experts import ExpertWeight
-from gptoss_kernels.reference import split_gate_up, swiglu
+from gptoss_kernels.reference import split_gate_up
 
 Projection = tuple[Tensor, Tensor]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptoss_kernels.cpu import codecache, tables, team
+from gptoss_kernels.cpu import codecache, recording, tables, team
 from gptoss_kernels.mxfp4 import BLOCK, Mxfp4Tensor
 
 PAIRS, DIGITS, FLOATS, DENSE_FLOATS = 0, 1, 2, 20
@@ -47,9 +47,10 @@ _kept: list[Any] = []
 
 def maker(kind: str) -> Callable[[int, bool], Any]:
     """The function of ``gptoss_kernels.cpu.compiled`` that compiles a task, for a way and perhaps to keep it."""
-    from gptoss_kernels.cpu.compiled import looks, panels, small, tasks
+    from gptoss_kernels.cpu.compiled import chain, looks, panels, routing, small, tasks
 
-    return next(getattr(room, kind) for room in (tasks, small, looks, panels) if hasattr(room, kind))
+    rooms = tasks, small, looks, routing, panels, chain
+    return next(getattr(room, kind) for room in rooms if hasattr(room, kind))
 
 
 def _keep(kind: str, way: int) -> Any:
@@ -61,6 +62,7 @@ def _keep(kind: str, way: int) -> Any:
 def run(task: int, items: int, *fields: int) -> None:
     """Run a task over items. The fields go where the task looks for them, after the counter and the number of items."""
     told = array("q", (0, items, *fields, *[0] * (FIELDS - 2 - len(fields))))
+    recording.note(task, told)
     team.run(task, told.buffer_info()[0], items)
 
 
@@ -75,20 +77,37 @@ def prepare(x: Tensor, way: int) -> Tensor:
     count, length = x.shape
     groups = length // BLOCK
     step = {PAIRS: (groups + 1) // 2 * 128, DIGITS: (groups + 1) // 2 * 256, FLOATS: groups * 128}[way]
-    x = x if way == PAIRS else x.float()
     out = torch.empty(count, step, dtype=torch.uint8)
-    run(task("prepared", way), count, x.data_ptr(), out.data_ptr(), length, step)
+    run(task("prepared", way), count, x.data_ptr(), out.data_ptr(), length, step, int(x.dtype == torch.float32))
     return out
 
 
-def expert_rows(x: Tensor, groups: Sequence[int], jobs: Sequence[int], weight: Mxfp4Tensor, bias: Tensor,
-                out: Tensor, way: int) -> None:
+def grouped(experts: Tensor, count: int, per_row: int) -> tuple[Tensor, Tensor]:
+    """Places put together by expert, those of one expert in their order.
+
+    Args:
+        experts: (M,) int64. Places with experts that do not exist are left out.
+        count: how many experts exist.
+        per_row: so many places in turn have the same row.
+
+    Returns:
+        Two int64 tensors as ``expert_rows`` reads them: groups (2 + 3 * M,) and jobs (M, 2).
+    """
+    groups = torch.empty(2 + 3 * len(experts), dtype=torch.int64)
+    jobs = torch.empty(len(experts), 2, dtype=torch.int64)
+    run(task("grouped", 0), 1, experts.data_ptr(), groups.data_ptr(), jobs.data_ptr(), len(experts), count, per_row)
+    return groups, jobs
+
+
+def expert_rows(x: Tensor, groups: Tensor, jobs: Tensor, weight: Mxfp4Tensor, bias: Tensor, out: Tensor, way: int
+                ) -> None:
     """Each row times the matrix of its expert, plus bias, straight from the packed bytes.
 
     Args:
         x: (M, K) float32 or bfloat16.
-        groups: three numbers each, an expert and a stretch of the jobs; its matrix is read once for all of them.
-        jobs: two numbers each, a row of x and a row of ``out``.
+        groups: int64, how many groups there are and a number for the caller, then three numbers each: an expert and a
+            stretch of the jobs. Its matrix is read once for all of them. There may be room for more groups.
+        jobs: int64 (., 2), a row of x and a row of ``out``.
         weight: (E, R, K). bias: (E, R) in x's dtype.
         out: (., R) in x's dtype, written where the jobs say. In bfloat16 the product is rounded, then the sum with the
             bias is: as in the published code.
@@ -96,11 +115,10 @@ def expert_rows(x: Tensor, groups: Sequence[int], jobs: Sequence[int], weight: M
     height, width = weight.scales.shape[1:]
     ready = prepare(x, way)
     per_item = stretch(width * 17, height)
-    count = len(groups) // 3
-    groups_told, jobs_told = array("q", groups), array("q", jobs)
-    run(task("mxfp4_rows", way), count * -(-height // per_item), weight.blocks.data_ptr(), weight.scales.data_ptr(),
-        groups_told.buffer_info()[0], jobs_told.buffer_info()[0], ready.data_ptr(), bias.data_ptr(), out.data_ptr(),
-        tables.powers().data_ptr(), height, width, ready.shape[1], per_item, count, int(x.dtype == torch.float32))
+    most = (len(groups) - 2) // 3
+    run(task("mxfp4_rows", way), most * -(-height // per_item), weight.blocks.data_ptr(), weight.scales.data_ptr(),
+        groups.data_ptr(), jobs.data_ptr(), ready.data_ptr(), bias.data_ptr(), out.data_ptr(),
+        tables.powers().data_ptr(), height, width, ready.shape[1], per_item, int(x.dtype == torch.float32))
 
 
 def panels(x: Tensor, rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Norms, rotation and the weighted sum of experts as compiled tasks, with the reference's roundings.
+"""Norms, rotation, SwiGLU and the weighted sum of experts as compiled tasks, with the reference's roundings.
 
 Gradients, other dtypes and devices, tensors of no elements and processors without numba are left to the reference.
 """
@@ -59,6 +59,24 @@ def combine_experts(outputs: Tensor, weights: Tensor) -> Tensor:
     out = torch.empty(tokens, width, dtype=outputs.dtype)
     run("combined", tokens, outputs.data_ptr(), weights.data_ptr(), out.data_ptr(), slots, width, wide(outputs))
     return out
+
+
+def swiglu(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
+    """As ``reference.swiglu``."""
+    if gate.shape != up.shape or gate.dim() == 0 or not suits(gate, up):
+        return reference.swiglu(gate, up, alpha, limit)
+    if gate.stride() != up.stride() or not _in_rows(gate):
+        gate, up = gate.contiguous(), up.contiguous()
+    out, width = torch.empty(gate.shape, dtype=gate.dtype), gate.shape[-1]
+    step, apart = gate.stride(-1), gate.stride(-2) if gate.dim() > 1 else 0
+    run("gated", gate.numel() // width, gate.data_ptr(), up.data_ptr(), out.data_ptr(), width, apart, step, wide(gate),
+        bits(alpha), bits(limit))
+    return out
+
+
+def _in_rows(x: Tensor) -> bool:
+    """Whether the rows of x (..., width) lie at equal distances."""
+    return all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] or x.shape[i] == 1 for i in range(x.dim() - 2))
 
 
 def suits(*tensors: Tensor, scale: Tensor | None = None) -> bool:

@@ -26,14 +26,11 @@ from gptoss_kernels.triton.router import choose_experts, expert_weights, route
 __all__ = [
     "add_norm", "apply_rope", "attention", "attention_scores", "attention_shown", "attention_values",
     "choose_experts", "combine_experts", "expert_linear", "expert_mixture", "expert_weights", "linear", "missing",
-    "name", "project_qkv", "rms_norm", "rope_tables", "route", "softmax_with_sink", "split_gate_up", "store_kv",
+    "name", "not_recorded", "project_qkv", "rms_norm", "rope_tables", "route", "softmax_with_sink", "split_gate_up", "store_kv",
     "swiglu", "visible_keys", "yarn_frequencies",
 ]
 
 name = "triton"
-
-recordable = True
-"""With packed experts no call waits for the GPU or reads from it, so that a CUDA graph can record all of them."""
 
 _OLDEST = (8, 0)  # the first with bfloat16 in its matrix units
 
@@ -50,4 +47,10 @@ def missing(device: torch.device, dtype: torch.dtype) -> str | None:
         return "torch finds no NVIDIA GPU"
     if torch.cuda.get_device_capability(device) < _OLDEST:
         return "the GPU is older than compute capability 8.0"
+    return None
+
+
+def not_recorded(dtype: torch.dtype, rows: int) -> str | None:
+    """Why a step of so many prompts can't be recorded: with packed experts it always can. No call waits for the GPU
+    or reads from it, so that a CUDA graph can hold all of them."""
     return None

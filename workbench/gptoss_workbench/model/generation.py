@@ -319,7 +319,7 @@ class Driver:
     def _recorded(self, rows: list[int], last: Mapping[int, Step]) -> Decoder | None:
         """The decoder for the tokens after the first, if there is anything to gain and nothing in the way."""
         assert self._cache is not None
-        reason = graphs.why_not(self._model)
+        reason = graphs.why_not(self._model, len(rows))
         feed = self._taps.feed(rows, [last[row].position for row in rows]) if reason is None else reason
         if isinstance(feed, str):
             self.decoding = f"step by step: {feed}"

@@ -1,7 +1,7 @@
 """Decoding by a recording: the launches of one step are recorded once and played for every token.
 
-On an NVIDIA GPU a recording is a CUDA graph. Starting a few hundred kernels from Python takes about as long as the
-kernels themselves; playing a graph does not. A recording reads and writes buffers only, so all that changes from token
+On an NVIDIA GPU a recording is a CUDA graph, on a processor a list of compiled tasks (``gptoss_kernels.cpu.recording``).
+Starting a few hundred kernels from Python takes about as long as the kernels themselves; playing does not. A recording reads and writes buffers only, so all that changes from token
 to token is put into buffers in front of it: the token, its position, its column in the cache, and what edits need
 (``hooks.steady``). Captures lie in buffers when it ends. The numbers are those of the same kernels started one by one.
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from gptoss_kernels.cpu.recording import Recording as TaskRecording
 from gptoss_kernels.mxfp4 import Mxfp4Tensor
 from gptoss_workbench.hooks.feeding import Feed
 from gptoss_workbench.hooks.steady import Place, Plan, Steady
@@ -58,17 +59,22 @@ class CudaRecording:
         self._graph.replay()
 
 
-RECORDERS: MutableMapping[str, Callable[[Callable[[], None], torch.device], Recording]] = {"cuda": CudaRecording}
+RECORDERS: MutableMapping[str, Callable[[Callable[[], None], torch.device], Recording]] = {
+    "cuda": CudaRecording, "cpu": TaskRecording,
+}
 """By device type, how to record. Where there is none, decoding starts every kernel by itself."""
 
 
-def why_not(model: Model) -> str | None:
-    """Why decoding with this model can't be recorded, whatever is captured and edited; None when it can."""
+def why_not(model: Model, rows: int) -> str | None:
+    """Why decoding so many prompts together can't be recorded, whatever is captured and edited; None when it can."""
     kernels = model.transformer.kernels
     if model.device.type not in RECORDERS:
         return f"nothing can be recorded on {model.device.type}"
-    if not getattr(kernels, "recordable", False):
+    if not hasattr(kernels, "not_recorded"):
         return f"the {kernels.name} kernels read numbers back in the middle of a layer"
+    reason = kernels.not_recorded(model.weights.embed.dtype, rows)
+    if reason is not None:
+        return reason
     for layer in model.weights.layers:
         if not (isinstance(layer.gate_up, Mxfp4Tensor) and isinstance(layer.down, Mxfp4Tensor)):
             return "the experts are not packed"

@@ -13,10 +13,80 @@ import numpy as np
 
 from gptoss_kernels.cpu.compiled.machine import address, float_of, take
 from gptoss_kernels.cpu.compiled.tasks import FIELDS, SIGNATURE, at_number
-from gptoss_kernels.cpu.compiled.values import carray, load, once, store
+from gptoss_kernels.cpu.compiled.values import carray, exponential, load, once, store
 
 REORDER = {"reassoc", "contract"}
 """What the compiler may do to a sum, so that it runs in vectors: the order is then the same in every run."""
+
+
+def revealed(_: int, keep: bool) -> Any:
+    """Which keys one query of each row may look at. See ``attend.visible_keys``."""
+    @numba.cfunc(SIGNATURE, cache=keep)
+    def task(at):
+        a = carray(at, (FIELDS,), np.int64)
+        keys, window = a[5], a[6]
+        counter = at_number(a)
+        while True:
+            row = take(counter)
+            if row >= a[1]:
+                return
+            query = carray(address(a[2]), (a[1],), np.int64)[row]
+            positions = carray(address(a[3] + row * keys * 8), (keys,), np.int64)
+            visible = carray(address(a[4] + row * keys), (keys,), np.uint8)
+            for s in range(keys):
+                distance = query - positions[s]
+                visible[s] = distance >= 0 and positions[s] >= 0 and (window < 0 or distance < window)
+    return task
+
+
+def softened(_: int, keep: bool) -> Any:
+    """The pattern of one query's scores, with the sink. See ``attend.softmax_with_sink``."""
+    @numba.cfunc(SIGNATURE, cache=keep, fastmath=REORDER)
+    def task(at):
+        a = carray(at, (FIELDS,), np.int64)
+        heads, keys, wide = a[5], a[6], a[7]
+        size = 4 if wide else 2
+        share = np.empty(keys + 1, np.float32)
+        counter = at_number(a)
+        while True:
+            item = take(counter)
+            if item >= a[1]:
+                return
+            scores, pattern = a[2] + item * keys * size, a[4] + item * (keys + 1) * size
+            share[keys] = load(wide, a[3], item % heads)
+            highest = share[keys]
+            for s in range(keys):
+                share[s] = load(wide, scores, s)
+                highest = max(highest, share[s])
+            total = np.float32(0.0)
+            for s in range(keys + 1):
+                share[s] = exponential(share[s] - highest)
+                total += share[s]
+            for s in range(keys + 1):
+                store(wide, pattern, s, share[s] / total)
+    return task
+
+
+def stored(_: int, keep: bool) -> Any:
+    """One column of keys and values written into their buffers. See ``attend.store_kv``."""
+    @numba.cfunc(SIGNATURE, cache=keep)
+    def task(at):
+        a = carray(at, (FIELDS,), np.int64)
+        columns, width = a[7], a[8]  # width in bytes
+        column = carray(address(a[6]), (1,), np.int64)[0]
+        counter = at_number(a)
+        while True:
+            row = take(counter)
+            if row >= a[1] or column < 0 or column >= columns:
+                return
+            place = (row * columns + column) * width
+            keys, values = carray(address(a[2] + place), (width,), np.uint8), carray(address(a[3] + place), (width,),
+                                                                                    np.uint8)
+            k, v = carray(address(a[4] + row * width), (width,), np.uint8), carray(address(a[5] + row * width),
+                                                                                 (width,), np.uint8)
+            for i in range(width):
+                keys[i], values[i] = k[i], v[i]
+    return task
 
 
 def scored(_: int, keep: bool) -> Any:

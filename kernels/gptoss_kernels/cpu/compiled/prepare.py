@@ -34,18 +34,19 @@ def as_pairs(x, out):
 
 
 @numba.njit
-def as_digits(x, digits, off, factors):
-    """x float32 (n,) -> the records of ``digits.PAIR`` bytes, seen as int8, int32 and float32.
+def as_digits(wide, at, length, digits, off, factors):
+    """Numbers at an address -> the records of ``digits.PAIR`` bytes, seen as int8, int32 and float32.
 
     A block with an infinity or a NaN gets the factor NaN, so that every product with it is NaN.
     """
     digits[:] = 0
-    numbers = np.empty(32, np.int32)
-    for block in range(len(x) // 32):
+    x, numbers = np.empty(32, np.float32), np.empty(32, np.int32)
+    for block in range(length // 32):
         largest = np.float32(0.0)
         finite = True
         for j in range(32):
-            size = abs(x[32 * block + j])
+            x[j] = load(wide, at, 32 * block + j)
+            size = abs(x[j])
             finite &= size <= np.float32(3.4028235e38)
             largest = max(largest, size)
         exponent = max(int(bits_of(largest) >> np.uint32(23)), 1) - 126  # largest < 2 ** exponent
@@ -53,7 +54,7 @@ def as_digits(x, digits, off, factors):
         while largest * up > LIMIT:
             up *= 0.5
         for j in range(32):
-            numbers[j] = np.int32(np.rint(x[32 * block + j] * up)) if finite else 0
+            numbers[j] = np.int32(np.rint(x[j] * up)) if finite else 0
         pair, half = block // 2, block % 2
         for j in range(32):
             place = 256 * pair + 96 * (j & 1) + 16 * half + (j >> 1)

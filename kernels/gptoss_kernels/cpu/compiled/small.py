@@ -1,8 +1,7 @@
-"""What happens between the products, one row at a time: norms, rotation, the weighted sum of experts.
+"""What happens between the products, one row at a time: norms, rotation, SwiGLU, the weighted sum of experts.
 
 Each is a task (see ``tasks``) that rounds where ``reference`` rounds. torch does the same in several calls, and after
-each product has swept the processor's caches a call costs tens of microseconds. Not SwiGLU: torch's exponential runs in
-vectors, and a task for it was slower.
+each product has swept the processor's caches a call costs tens of microseconds.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import numpy as np
 
 from gptoss_kernels.cpu.compiled.machine import address, float_of, take
 from gptoss_kernels.cpu.compiled.tasks import FIELDS, SIGNATURE, at_number
-from gptoss_kernels.cpu.compiled.values import carray, load, once, store
+from gptoss_kernels.cpu.compiled.values import ONE, carray, exponential, load, once, store
 
 
 def normed(_: int, keep: bool) -> Any:
@@ -92,4 +91,31 @@ def combined(_: int, keep: bool) -> Any:
                     sums[i] += weight * load(wide, parts + slot * width * size, i)
             for i in range(width):
                 store(wide, a[4] + token * width * size, i, sums[i])
+    return task
+
+
+def gated(_: int, keep: bool) -> Any:
+    """Clamped SwiGLU of rows whose gate and up may lie between each other. See ``small.swiglu``."""
+    @numba.cfunc(SIGNATURE, cache=keep)
+    def task(at):
+        a = carray(at, (FIELDS,), np.int64)
+        width, apart, step, wide = a[5], a[6], a[7], a[8]
+        alpha, limit = float_of(np.uint32(a[9])), float_of(np.uint32(a[10]))
+        size = 4 if wide else 2
+        gate, up = np.empty(width, np.float32), np.empty(width, np.float32)
+        counter = at_number(a)
+        while True:
+            row = take(counter)
+            if row >= a[1]:
+                return
+            gates, ups = a[2] + row * apart * size, a[3] + row * apart * size
+            for i in range(width):
+                gate[i], up[i] = load(wide, gates, i * step), load(wide, ups, i * step)
+            for i in range(width):
+                g = limit if gate[i] > limit else gate[i]  # a NaN stays one
+                u = limit if up[i] > limit else -limit if up[i] < -limit else up[i]
+                share = once(wide, ONE / (ONE + exponential(-once(wide, alpha * g))))
+                gate[i] = once(wide, g * share) * once(wide, u + ONE)
+            for i in range(width):
+                store(wide, a[4] + row * width * size, i, gate[i])
     return task

@@ -32,14 +32,17 @@ def mxfp4_rows(way: int, keep: bool) -> Any:
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
         blocks, scales, groups_at, jobs_at, x, bias, out, powers = a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]
-        height, width, step, per_item, groups, wide = a[10], a[11], a[12], a[13], a[14], a[15]
-        group = carray(address(groups_at), (groups, 3), np.int64)
+        height, width, step, per_item, wide = a[10], a[11], a[12], a[13], a[14]
+        groups = carray(address(groups_at), (1,), np.int64)[0]
+        if groups == 0:
+            return
+        group = carray(address(groups_at + 16), (groups, 3), np.int64)
         job = carray(address(jobs_at), (group[groups - 1, 2], 2), np.int64)
         stretches = (height + per_item - 1) // per_item
         counter = at_number(a)
         while True:
             item = take(counter)
-            if item >= a[1]:
+            if item >= groups * stretches:
                 return
             g, start = item // stretches, item % stretches * per_item
             expert, first, last = group[g, 0], group[g, 1], group[g, 2]
@@ -187,7 +190,7 @@ def prepared(way: int, keep: bool) -> Any:
                 if i >= a[1]:
                     return
                 place = a[3] + i * step
-                prepare.as_digits(carray(address(a[2] + i * length * 4), (length,), np.float32),
+                prepare.as_digits(a[6], a[2] + i * length * (4 if a[6] else 2), length,
                                   carray(address(place), (step,), np.int8),
                                   carray(address(place), (step // 4,), np.int32),
                                   carray(address(place), (step // 4,), np.float32))
@@ -200,7 +203,8 @@ def prepared(way: int, keep: bool) -> Any:
                 i = take(counter)
                 if i >= a[1]:
                     return
-                prepare.as_floats(True, a[2] + i * length * 4, carray(address(a[3] + i * step), (length,), np.float32))
+                prepare.as_floats(a[6], a[2] + i * length * (4 if a[6] else 2),
+                                  carray(address(a[3] + i * step), (length,), np.float32))
     return task
 
 
