@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptoss_kernels import reference
-from gptoss_kernels.cpu import matmul, products, recording
+from gptoss_kernels.cpu import matmul, packing, products, recording
 from gptoss_kernels.cpu.paths import Path
 from gptoss_kernels.experts import ExpertWeight
 from gptoss_kernels.mxfp4 import BLOCK, Mxfp4Tensor
@@ -65,8 +65,9 @@ class Engine:
         if whole and len(rows) >= matmul.many() and not matmul.native():
             out = _dense_tiles(rows, weight, bias)
         elif whole and len(rows) < matmul.many():
-            bias = None if bias is None else bias.contiguous()
-            out = products.dense_rows(rows, weight, bias, self.path.dense)
+            bias, packed = None if bias is None else bias.contiguous(), packing.of(weight)
+            out = (products.dense_rows(rows, weight, bias, self.path.dense) if packed is None
+                   else packing.rows(rows, packed, bias))
         else:
             out = matmul.linear(rows, weight, bias)
         return out.view(*x.shape[:-1], weight.shape[0])

@@ -47,9 +47,9 @@ _kept: list[Any] = []
 
 def maker(kind: str) -> Callable[[int, bool], Any]:
     """The function of ``gptoss_kernels.cpu.compiled`` that compiles a task, for a way and perhaps to keep it."""
-    from gptoss_kernels.cpu.compiled import chain, looks, panels, routing, small, tasks
+    from gptoss_kernels.cpu.compiled import chain, looks, packing, panels, routing, small, tasks
 
-    rooms = tasks, small, looks, routing, panels, chain
+    rooms = tasks, small, looks, routing, panels, packing, chain
     return next(getattr(room, kind) for room in rooms if hasattr(room, kind))
 
 

@@ -5,7 +5,7 @@ torch's own reads a row at about half the speed of memory; two thirds of a decod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gptoss_kernels.cpu.compiled.emit import F32, I16, I32, Emit, vector
@@ -39,24 +39,38 @@ def dot_pairs(e: Emit, rows: Rows, x: Any, steps: Any) -> list[Any]:
 
 
 def dot_floats(e: Emit, rows: Rows, x: Any, steps: Any) -> list[Any]:
-    """For any processor: two neighbours share 32 bits, and each is a float32 once the other is shifted or masked away.
+    """For any processor. See ``dot_words``."""
+    def words(here: Any) -> list[Any]:
+        return [e.load(vector(I32, 8), e.after(here, 32 * part)) for part in (0, 1)]
 
-    x: float32, in every 32 the even ones first (``prepare.as_floats``). ``steps`` = length / 32 -> a float32 for each
-    row.
+    return dot_words(e, rows, x, steps, 64, words)
+
+
+def dot_words(e: Emit, rows: Rows, x: Any, steps: Any, step_bytes: int, words: Callable[[Any], list[Any]]) -> list[Any]:
+    """Two neighbours share 32 bits, and each is a float32 once the other is shifted or masked away.
+
+    Args:
+        x: float32, in every 32 the even ones first (``prepare.as_floats``).
+        steps: length / 32.
+        step_bytes: what 32 values take in a row.
+        words: their address -> two <8 x i32>, pairs of neighbours, the even one below.
+
+    Returns:
+        A float32 for each row.
     """
-    b, words, floats = e.b, vector(I32, 16), vector(F32, 16)
+    b, floats = e.b, vector(F32, 8)
 
     def step(i: Any, totals: list[Any]) -> list[Any]:
-        activations = e.at(x, i, 128)
-        evens, odds = e.load(floats, activations), e.load(floats, e.after(activations, 64))
-        found = []
+        activations, found = e.at(x, i, 128), []
         for row, total in zip(rows, totals):
-            here = e.at(row, i, 64)
+            here, mine = e.at(row, i, step_bytes), e.again(activations)
             e.prefetch(e.after(here, AHEAD))
-            both = e.load(words, here)
-            even = b.bitcast(b.shl(both, e.fill(words, 16)), floats)
-            odd = b.bitcast(b.and_(both, e.fill(words, 0xFFFF0000)), floats)
-            found.append(e.fma(odd, odds, e.fma(even, evens, total)))
+            for part, both in enumerate(words(here)):
+                even = b.bitcast(b.shl(both, e.fill(both.type, 16)), floats)
+                odd = b.bitcast(b.and_(both, e.fill(both.type, 0xFFFF0000)), floats)
+                total = e.fma(even, e.load(floats, e.after(mine, 32 * part)), total)
+                total = e.fma(odd, e.load(floats, e.after(mine, 64 + 32 * part)), total)
+            found.append(total)
         return found
 
     return [e.total(total) for total in e.loop(e.number(0), steps, 1, [e.fill(floats, 0.0)] * len(rows), step)]
