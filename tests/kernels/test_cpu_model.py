@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import gptoss_workbench as wb
-from gptoss_workbench.errors import WorkbenchError
+from gptoss_kernels.cpu import packing, paths
+from gptoss_workbench.errors import NotEnoughMemory, WorkbenchError
 from gptoss_workbench.model.model import Model
+from gptoss_workbench.model.packed import matrices
 from tests.factories import tiny_model, write_hf
 from tests.tolerances import BF16_SUBLAYER, SITE_F32, TINY_LOGITS_F32
 
@@ -111,6 +113,54 @@ def test_generation_on_the_reference_and_here(folder: Path) -> None:
     plain = on("cpu", folder, "float32").generate(IDS, max_tokens=12, stop=[])
     assert plain.tokens == made["cpu"].tokens
     assert [step.logprob for step in plain.steps] == [step.logprob for step in made["cpu"].steps]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recorded_and_step_by_step_are_the_same_bits(folder: Path, dtype: str) -> None:
+    pytest.importorskip("numba")
+    model = on("cpu", folder, dtype)
+    edits = [wb.scale("resid_mid", 1.25, layer=1), wb.ban_experts(layer=2, experts=[1, 3])]
+    for prompt in (IDS, [IDS, IDS[:7]]):
+        plain, played = (model.generate(prompt, capture=list(wb.SITES), edits=edits, max_tokens=8, stop=[], graph=graph)
+                         for graph in (False, True))
+        for one, other in zip(plain, played, strict=True) if isinstance(plain, list) else [(plain, played)]:
+            assert one.tokens == other.tokens and other.decoding == "recorded"
+            assert [step.logprob for step in one.steps] == [step.logprob for step in other.steps]
+            assert same_bits(one.run().hidden, other.run().hidden)
+            for site in one.data:
+                assert np.array_equal(one.data[site], other.data[site], equal_nan=True), site
+
+
+def test_packed_matrices(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Read by decoding alone, and by decoding that has begun only from the next recording on."""
+    pytest.importorskip("numba")
+    if paths.why_not("avx2"):
+        pytest.skip("needs AVX2")
+    model, plain = on("cpu", folder, "bfloat16"), on("cpu", folder, "bfloat16")
+    held = model.pack()
+    whole = sum(one.nbytes for one in matrices(model.weights))
+    assert 0.74 * whole < held < 0.9 * whole  # small matrices have their tables and places too
+    assert model.pack() == held and not capsys.readouterr().out
+    for graph in (True, False):
+        one, other = (each.generate(IDS, max_tokens=12, stop=[], graph=graph).finish() for each in (model, plain))
+        off = (one.run().hidden.float() - other.run().hidden.float()).norm() / other.run().hidden.float().norm()
+        assert one.tokens[0] == other.tokens[0] and off < BF16_SUBLAYER
+    for weight in matrices(model.weights):
+        packing.of(weight).records.zero_()  # type: ignore[union-attr]
+    spoilt = model.generate(IDS, max_tokens=12, stop=[]).finish().run()
+    assert same_bits(spoilt.hidden[:len(IDS)], plain.run(IDS).hidden) and not same_bits(spoilt.hidden, other.run().hidden)
+
+
+@pytest.mark.parametrize(("kernels", "dtype"), [("reference", "bfloat16"), ("cpu", "float32")])
+def test_what_can_not_be_packed(folder: Path, kernels: str, dtype: str) -> None:
+    with pytest.raises(WorkbenchError, match=f"{dtype}, {kernels} kernels"):
+        on(kernels, folder, dtype).pack()
+
+
+def test_no_room_for_packed_matrices(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptoss_workbench.model.packed.available", lambda: 1000)
+    with pytest.raises(NotEnoughMemory, match="do not fit"):
+        on("cpu", folder, "bfloat16").pack()
 
 
 def test_what_computes_is_chosen_and_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

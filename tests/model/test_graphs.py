@@ -1,7 +1,7 @@
 """Decoding by a recording gives what decoding step by step gives: tokens, captures, edits, errors.
 
-There is no GPU here; a recording on the processor (``recording``) takes the CUDA graph's place. The kernels are the
-reference ones, with experts that read nothing on the host; ``test_graphs_triton`` does some of it with Triton's.
+Twice: with the processor's own recordings and kernels; and, since there is no GPU here, with a recording that has a
+CUDA graph's habits (``recording``) and the reference's kernels, with experts that read nothing on the host.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 import gptoss_workbench as wb
 from gptoss_kernels import reference
+from gptoss_kernels.cpu.recording import NotRecordable
 from gptoss_workbench.errors import EditError, EditNeverFired, WorkbenchError
 from gptoss_workbench.hooks.acting import Editor
 from gptoss_workbench.hooks.capture import as_capture
@@ -39,17 +40,17 @@ IDS, OTHER = [5, 17, 300, 8, 8, 91], [7, 7, 2, 400]
 TOKENS = 7
 
 
-@pytest.fixture(autouse=True)
-def recorder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(graphs.RECORDERS, "cpu", OpRecording)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Model:
+@pytest.fixture(scope="module", params=["as a GPU records", "as a processor records"])
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     loaded = wb.load(write_hf(tmp_path_factory.mktemp("tiny"), tiny_model(seed=9, num_hidden_layers=2)),
-                     dtype="float32")
-    loaded.transformer = Transformer(loaded.config, loaded.weights, steady_kernels)
-    return loaded
+                     dtype="float32", kernels="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        if "GPU" in request.param:
+            loaded.transformer = Transformer(loaded.config, loaded.weights, steady_kernels)
+            patch.setitem(graphs.RECORDERS, "cpu", OpRecording)
+        else:
+            pytest.importorskip("numba")
+        yield loaded
 
 
 def both(model: Model, prompt: Any = IDS, **options: Any) -> Iterator[tuple[Any, Any]]:
@@ -320,7 +321,7 @@ def test_kernels_that_read_back_are_not_recorded(tiny: Model, monkeypatch: pytes
     monkeypatch.setattr(tiny, "transformer", Transformer(tiny.config, tiny.weights, reference))
     assert "read numbers back" in tiny.generate(IDS, max_tokens=3, stop=[]).finish().decoding
     monkeypatch.setattr(reference, "not_recorded", lambda dtype, rows: None, raising=False)
-    with pytest.raises(RefusedWhileRecording):  # the recorder sees what a GPU would refuse
+    with pytest.raises((RefusedWhileRecording, NotRecordable)):  # the recorder sees what a GPU would refuse
         tiny.generate(IDS, max_tokens=3, stop=[]).finish()
 
 

@@ -31,6 +31,9 @@ FIELDS = 20
 
 _READING = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::lift_fresh", "aten::lift_fresh_copy",
             "aten::masked_select", "aten::bincount", "aten::is_nonzero"}
+_CHOOSING = {"aten::index", "aten::index_put", "aten::index_put_"}
+"""These count where a mask is True, and read the number back."""
+
 _MEMORY = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 
 _own = threading.local()
@@ -145,7 +148,8 @@ class _Notes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func._schema.name, kwargs or {}
-        if name in _READING:
+        masked = name in _CHOOSING and any(one is not None and one.dtype == torch.bool for one in args[1])
+        if name in _READING or masked:
             raise NotRecordable(f"{name} can't be recorded: a number is read back, or taken from Python")
         out = func(*args, **kwargs)
         found = [x for x in tree_leaves(out) if isinstance(x, Tensor)]

@@ -1,9 +1,10 @@
 """Decoding by a recording: the launches of one step are recorded once and played for every token.
 
-On an NVIDIA GPU a recording is a CUDA graph, on a processor a list of compiled tasks (``gptoss_kernels.cpu.recording``).
-Starting a few hundred kernels from Python takes about as long as the kernels themselves; playing does not. A recording reads and writes buffers only, so all that changes from token
-to token is put into buffers in front of it: the token, its position, its column in the cache, and what edits need
-(``hooks.steady``). Captures lie in buffers when it ends. The numbers are those of the same kernels started one by one.
+On an NVIDIA GPU a recording is a CUDA graph, on a processor a list of compiled tasks
+(``gptoss_kernels.cpu.recording``). Starting a few hundred kernels from Python takes about as long as the kernels
+themselves; playing does not. A recording reads and writes buffers only, so all that changes from token to token is put
+into buffers in front of it: the token, its position, its column in the cache, and what edits need (``hooks.steady``).
+Captures lie in buffers when it ends. The numbers are those of the same kernels started one by one.
 """
 
 from __future__ import annotations

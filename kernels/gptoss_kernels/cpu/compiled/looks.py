@@ -46,24 +46,32 @@ def softened(_: int, keep: bool) -> Any:
         a = carray(at, (FIELDS,), np.int64)
         heads, keys, wide = a[5], a[6], a[7]
         size = 4 if wide else 2
-        share = np.empty(keys + 1, np.float32)
+        share = np.empty(keys, np.float32)
         counter = at_number(a)
         while True:
             item = take(counter)
             if item >= a[1]:
                 return
             scores, pattern = a[2] + item * keys * size, a[4] + item * (keys + 1) * size
-            share[keys] = load(wide, a[3], item % heads)
-            highest = share[keys]
-            for s in range(keys):
+            end = keys  # columns not filled yet take no part, so that the bits do not depend on how many there are
+            while end > 0 and load(wide, scores, end - 1) == -np.inf:
+                end -= 1
+            sink = load(wide, a[3], item % heads)
+            highest = sink
+            for s in range(end):
                 share[s] = load(wide, scores, s)
                 highest = max(highest, share[s])
             total = np.float32(0.0)
-            for s in range(keys + 1):
+            for s in range(end):
                 share[s] = exponential(share[s] - highest)
                 total += share[s]
-            for s in range(keys + 1):
+            sink = exponential(sink - highest)
+            total += sink
+            for s in range(end):
                 store(wide, pattern, s, share[s] / total)
+            for s in range(end, keys):
+                store(wide, pattern, s, np.float32(0.0))
+            store(wide, pattern, keys, sink / total)
     return task
 
 
