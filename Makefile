@@ -21,7 +21,8 @@ help:
 	@echo "make parity     compare every site and layer with transformers, and write the table"
 	@echo "make fuzz       load 10,000 damaged checkpoints, and count what becomes of them"
 	@echo "make truth      ask every method about models whose circuits are known, and about models with none"
-	@echo "make bench      the benchmarks; make bench-20b: a checkpoint of gpt-oss-20b's shape (writes 13.8 GB for a while)"
+	@echo "make bench      every benchmark, beside transformers and llama.cpp, which it builds (an hour, 15 GB of disk)"
+	@echo "make bench-20b  those of gpt-oss-20b's shape alone"
 	@echo "make gpu        tests, timings and memory on the NVIDIA GPU here, at the full shapes   (GPU_ARGS=... is passed on)"
 	@echo "make lint       ruff and pyright"
 	@echo "make notebooks  run the notebooks anew and clean them"
@@ -80,13 +81,20 @@ truth: export OMP_WAIT_POLICY = PASSIVE
 truth: $(VENV)/.dev
 	@$(PY) -m tests.truth.report
 
-bench: export OMP_WAIT_POLICY = PASSIVE
-bench: $(VENV)/.dev
-	@$(PY) -m pytest tests/benchmarks -s $(TEST_ARGS)
+# llama.cpp, built from the source of its Python package for this processor, in an environment of its own. Where it can't
+# be built the benchmarks go on without it.
+$(VENV)/.llama: | $(PY)
+	@echo "Building llama.cpp to measure beside it (a quarter of an hour)"
+	@$(PY) -m venv $(VENV)/llama && CMAKE_ARGS=-DGGML_NATIVE=ON $(VENV)/llama/bin/python -m pip install -qq --progress-bar off \
+		--no-binary llama-cpp-python llama-cpp-python==0.3.36 gguf==0.19.0 && touch $@ \
+		|| echo "llama.cpp could not be built; measuring without it" >&2
 
-bench-20b: export OMP_WAIT_POLICY = PASSIVE
-bench-20b: $(VENV)/.dev
-	@$(PY) -m pytest tests/benchmarks/bench_full_shape.py tests/benchmarks/bench_20b.py -s $(TEST_ARGS)
+bench bench-20b: export OMP_WAIT_POLICY = PASSIVE
+bench: WHICH = tests/benchmarks
+bench-20b: WHICH = tests/benchmarks/bench_full_shape.py tests/benchmarks/bench_20b.py
+bench bench-20b: $(VENV)/.dev $(VENV)/.llama
+	@[ ! -e $(VENV)/.llama ] || export GPTOSS_BENCH_LLAMA=$(VENV)/llama/bin/python; \
+	$(PY) -m pytest $(WHICH) -s $(TEST_ARGS)
 
 gpu: $(VENV)/.dev
 	@$(PY) -m tests.gpu.run $(GPU_ARGS)

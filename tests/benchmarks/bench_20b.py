@@ -1,9 +1,9 @@
-"""gpt-oss-20b's full shape on this processor, beside the bandwidth of the memory and llama.cpp: ``make bench-20b``.
+"""gpt-oss-20b's full shape on this processor, beside the bandwidth of the memory and llama.cpp.
 
-Runs only when this file is named: it makes 13.8 GB and deletes them again, unless ``GPTOSS_BENCH_20B`` names a folder
-that ``tests.benchmarks.full_shape`` made. llama.cpp takes part when ``GPTOSS_BENCH_LLAMA`` names an interpreter with
-``llama_cpp`` and ``GPTOSS_BENCH_GGUF`` a folder with ``bf16.gguf`` and ``q8_0.gguf`` (``random_gguf.py``). Each
-measurement is a process of its own, on files that were just read once, so that no disk is measured.
+Makes 13.8 GB, and for llama.cpp as much again, one file at a time; deletes them again. ``GPTOSS_BENCH_20B`` may name a
+folder that ``tests.benchmarks.full_shape`` made, which is kept. llama.cpp takes part when ``GPTOSS_BENCH_LLAMA`` names
+an interpreter with ``llama_cpp`` and ``gguf`` (``make bench`` builds one). Each measurement is a process of its own, on
+files that were just read once, so that no disk is measured.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks import full_shape
+from tests.benchmarks import full_shape, plot
 from tests.benchmarks.bench_cpu_kernels import build
+from tests.benchmarks.room import skip_without_room
 
 HERE = Path(__file__).parent
 TOKENS, PROMPT, PEER_TOKENS = 24, 512, 16
@@ -66,11 +67,20 @@ def decoding(found: dict[str, Any]) -> dict[str, Any]:
             "peak_resident_bytes": found["peak"], "seconds_to_load": round(found["loaded"], 2),
             "seconds_from_start_to_first_token": round(found["first_token"], 2),
             "seconds_to_map_every_page": round(found["touched"], 2), "kernels": found["kernels"]}
+    for name in ("packed", "not recorded"):
+        if name in times:
+            kept[f"{name.replace(' ', '_')}_milliseconds_a_token"] = round(statistics.median(times[name]) * 1e3, 1)
+            kept[f"{name.replace(' ', '_')}_best"] = round(min(times[name]) * 1e3, 1)
+    if "packed" in times:
+        kept |= {"packed_bytes": found["packed_bytes"], "seconds_to_pack": round(found["packing"], 1),
+                 "peak_resident_bytes_packed": found["peak_packed"]}
     for way, stream in (("read", ""), ("read apart", "_of_four_streams")) if times["read"] else ():
         for name, of in (("median", statistics.median), ("best", min)):
             floor = found["active_bytes"] / (found["read_bytes"] / of(times[way]))
             kept[f"floor{stream}_milliseconds_{name}"] = round(floor * 1e3, 1)
-            kept[f"over_floor{stream}_{name}"] = round(of(times["plain"]) / floor, 2)
+            for which in ("plain", "packed"):
+                if which in times:
+                    kept[f"{which}_over_floor{stream}_{name}"] = round(of(times[which]) / floor, 2)
     return kept
 
 
@@ -88,42 +98,48 @@ def reading(found: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def measure(folder: Path, library: Path | None, llama: str | None, gguf: Path | None) -> dict[str, Any]:
+def measure(folder: Path, library: Path | None) -> dict[str, Any]:
     cores = os.cpu_count() or 1
     kept: dict[str, Any] = {"decode": {}, "prefill_512": {}, "llama.cpp": {}}
     for threads in sorted({1, cores}):
         kept["decode"][f"{threads} threads"] = decoding(ours(folder, "decode", threads, library))
     kept["prefill_512"][f"{cores} threads"] = reading(ours(folder, "prefill", cores, None))
-    for name in ("bf16", "q8_0") if llama and gguf else ():
-        file = gguf / f"{name}.gguf"  # type: ignore[operator]
-        if not file.exists():
-            continue
-        steps = peer(llama, file, "decode", cores)  # type: ignore[arg-type]
-        median = statistics.median(steps["times"]["decode"])
-        kept["llama.cpp"][name] = {
-            "version": steps["version"], "milliseconds_a_token": round(median * 1e3, 1),
-            "best": round(min(steps["times"]["decode"]) * 1e3, 1), "tokens_a_second": round(1 / median, 2),
-            "prefill_512": reading(peer(llama, file, "prefill", cores))}  # type: ignore[arg-type]
     return kept
 
 
+def of_llama(llama: str, dense: str, file: Path) -> dict[str, Any]:
+    """Figures of llama.cpp with dense matrices in a type, on a file that is made for it and deleted."""
+    cores = os.cpu_count() or 1
+    try:
+        subprocess.run([llama, str(HERE / "random_gguf.py"), str(file), dense], check=True, capture_output=True)
+        steps = peer(llama, file, "decode", cores)
+        prompt = peer(llama, file, "prefill", cores)
+    finally:
+        file.unlink(missing_ok=True)
+    median = statistics.median(steps["times"]["decode"])
+    return {"version": steps["version"], "milliseconds_a_token": round(median * 1e3, 1),
+            "best": round(min(steps["times"]["decode"]) * 1e3, 1), "tokens_a_second": round(1 / median, 2),
+            "prefill_512": reading(prompt)}
+
+
 @pytest.mark.slow
-def test_20b(request, tmp_path, machine, results) -> None:
-    if not any("bench_20b" in str(argument) for argument in request.config.invocation_params.args):
-        pytest.skip("writes 13.8 GB: make bench-20b")
-    given = os.environ.get("GPTOSS_BENCH_20B")
+def test_20b(tmp_path, machine, results) -> None:
+    given, llama = os.environ.get("GPTOSS_BENCH_20B"), os.environ.get("GPTOSS_BENCH_LLAMA")
     folder = Path(given) if given else tmp_path / "gpt-oss-20b-shaped"
-    gguf = os.environ.get("GPTOSS_BENCH_GGUF")
+    skip_without_room(tmp_path)
     try:
         if not given:
             full_shape.make(folder, full_shape.config("20b"))
-        found = measure(folder, build(tmp_path), os.environ.get("GPTOSS_BENCH_LLAMA"), Path(gguf) if gguf else None)
+        found = measure(folder, build(tmp_path))
     finally:
         if not given:
             shutil.rmtree(folder, ignore_errors=True)
+    for dense in ("bf16", "q8_0") if llama else ():
+        found["llama.cpp"][dense] = of_llama(llama, dense, tmp_path / f"{dense}.gguf")  # type: ignore[arg-type]
     kept = {"what": "gpt-oss-20b's shape with random weights: decoding, a prompt of 512 tokens, start-up", **found,
             "machine": machine}
     (results / "bench_20b.json").write_text(json.dumps(kept, indent=1) + "\n")
+    plot.write()
     print(json.dumps(kept, indent=1))
     for run in found["decode"].values():
         assert run["peak_resident_bytes"] < 15e9

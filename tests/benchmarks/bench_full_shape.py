@@ -1,8 +1,8 @@
 """A random checkpoint of gpt-oss-20b's full shape: made, loaded with its experts packed, and asked for tokens.
 
-Runs only when this file is named (``make bench-20b``): it writes 13.8 GB and deletes them again. Each step is a
-process of its own, so that its peak memory is its own. The model is loaded twice: with nothing of it in the file cache,
-and again. The kernels are the reference ones: this is about memory, and that it works at all.
+It writes 13.8 GB and deletes them again. Each step is a process of its own, so that its peak memory is its own. The
+model is loaded twice: with nothing of it in the file cache, and again. The kernels are the reference ones: this is
+about memory, and that it works at all.
 
 Memory is what Linux says in /proc/self/status. VmHWM is the peak of everything resident, which includes pages of the
 checkpoint mapped from the disk (RssFile); those belong to the file cache and go when memory is short. RssAnon is what
@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 
 from tests.benchmarks import full_shape
+from tests.benchmarks.room import skip_without_room
 
 MOST_RESIDENT = 1.05  # times the bytes of the files
 MAKER_BYTES = 2_000_000_000
@@ -33,6 +34,7 @@ MAKE = """
 import json, re, sys, time
 from pathlib import Path
 from tests.benchmarks import full_shape
+from tests.benchmarks.room import skip_without_room
 begun = time.perf_counter()
 total = full_shape.make(Path(sys.argv[1]), json.loads(sys.argv[2]))
 seconds = time.perf_counter() - begun
@@ -127,10 +129,8 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_full_shape_20b(request, tmp_path, machine, results) -> None:
-    named = any("bench_full_shape" in str(argument) for argument in request.config.invocation_params.args)
-    if not named:
-        pytest.skip("writes 13.8 GB: make bench-20b")
+def test_full_shape_20b(tmp_path, machine, results) -> None:
+    skip_without_room(tmp_path)
     folder = tmp_path / "gpt-oss-20b-shaped"
     try:
         found = measure(folder, full_shape.config("20b"))

@@ -25,6 +25,7 @@ def groups(found: Mapping[str, Any]) -> list[tuple[str, str, list[tuple[str, flo
     threads = max(found["prefill_512"])
     ours, prompt, peers = found["decode"][threads], found["prefill_512"][threads], found["llama.cpp"]
     decode = [("gptoss-workbench", ours["milliseconds_a_token"]),
+              ("gptoss-workbench, model.pack()", ours["packed_milliseconds_a_token"]),
               *((PEERS[name], peer["milliseconds_a_token"]) for name, peer in peers.items())]
     read = [("gptoss-workbench", min(prompt["seconds"])),
             *((PEERS[name], min(peer["prefill_512"]["seconds"])) for name, peer in peers.items())]
@@ -39,7 +40,7 @@ def picture(found: Mapping[str, Any]) -> str:
         scale = (WIDTH - LEFT - 90) / max(value for _, value in bars)
         lines.append(f'<text class="head" x="8" y="{y + 22}">{title}</text>')
         for number, (name, value) in enumerate(bars):
-            top, kind = y + HEAD + number * ROW, "peer" if number else "ours"
+            top, kind = y + HEAD + number * ROW, "ours" if name.startswith("gptoss") else "peer"
             lines += [f'<text x="8" y="{top + 16}">{name}</text>',
                       f'<rect class="{kind}" x="{LEFT}" y="{top + 3}" width="{value * scale:.1f}" height="18"/>',
                       f'<text x="{LEFT + value * scale + 6:.1f}" y="{top + 16}">{value:.4g} {unit}</text>']
@@ -53,5 +54,9 @@ def picture(found: Mapping[str, Any]) -> str:
             f"<style>{STYLE}</style>{''.join(lines)}</svg>\n")
 
 
-if __name__ == "__main__":
+def write() -> None:
     PICTURE.write_text(picture(json.loads(RESULT.read_text(encoding="utf-8"))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()

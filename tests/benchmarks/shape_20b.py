@@ -2,8 +2,9 @@
 
 ``python -m tests.benchmarks.shape_20b FOLDER {decode|prefill} THREADS TOKENS [YARDSTICK.so]``
 
-Decoding alternates, token by token, between a generation without hooks and one that captures every residual and router
-logit, and between these and reading the unembedding by plain loads: so the ratios compare what had the same machine.
+Decoding alternates, token by token, between a generation without hooks, one that captures every residual and router
+logit, one that reads packed matrices, and one that is not recorded, and between these and reading the unembedding by
+plain loads: so the ratios compare what had the same machine.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 
 import gptoss_workbench as wb
 from gptoss_kernels import cpu
+from gptoss_kernels.cpu import paths
 
 STARTED = psutil.Process().create_time()
 PROMPT = 8
@@ -73,33 +75,40 @@ def touch(model: Any) -> float:
     return time.perf_counter() - begun
 
 
+def started(model: Any, tokens: int, **options: Any) -> Any:
+    """A generation whose next token is one like all that follow: recorded, every page mapped."""
+    steps = iter(model.generate(prompt(PROMPT), max_tokens=tokens + 3, stop=[], **options))
+    for _ in range(3):
+        next(steps)
+    return steps
+
+
 def decode(model: Any, tokens: int, library: str | None, threads: int) -> dict[str, Any]:
-    ids = prompt(PROMPT)
-    plain = iter(model.generate(ids, max_tokens=tokens + 1, stop=[]))
-    next(plain)
+    next(iter(model.generate(prompt(PROMPT), max_tokens=1, stop=[])))
     first = time.time() - STARTED
-    captured = iter(model.generate(ids, capture=CAPTURE, max_tokens=tokens + 1, stop=[]))
-    next(captured)
     read = reader(library, model.weights.unembed, threads) if library else None
     touched = touch(model)
-    times: dict[str, list[float]] = {"plain": [], "captured": [], "read": [], "read apart": [], "unembed": []}
-    hidden = torch.randn(1, model.config.hidden_size).to(torch.bfloat16)
-    said: dict[str, list[int]] = {"plain": [], "captured": []}
+    steps = {"plain": started(model, tokens), "captured": started(model, tokens, capture=CAPTURE)}
+    found: dict[str, Any] = {"peak": peak()}
+    if paths.why_not("avx2") is None:
+        begun = time.perf_counter()
+        found |= {"packed_bytes": model.pack(), "packing": time.perf_counter() - begun}
+        steps["packed"] = started(model, tokens)
+        found["peak_packed"] = peak()
+    steps["not recorded"] = started(model, tokens, graph=False)
+    times: dict[str, list[float]] = {name: [] for name in (*steps, "read", "read apart")}
+    said: dict[str, list[int]] = {name: [] for name in steps}
     for turn in range(tokens):
-        steps = {"plain": plain, "captured": captured}
         for name in steps if turn % 2 else reversed(steps):
             begun = time.perf_counter()
             said[name].append(next(steps[name]).token)
             times[name].append(time.perf_counter() - begun)
-        begun = time.perf_counter()
-        model.transformer.unembed(hidden)
-        times["unembed"].append(time.perf_counter() - begun)
         if read is not None and turn % EVERY == 0:
             times["read"].append(read("all"))
             times["read apart"].append(read("apart"))
     assert said["plain"] == said["captured"]
     return {"first_token": first, "times": times, "read_bytes": model.weights.unembed.nbytes,
-            "active_bytes": active_bytes(model), "touched": touched}
+            "active_bytes": active_bytes(model), "touched": touched, **found}
 
 
 def prefill(model: Any, tokens: int) -> dict[str, Any]:
@@ -132,7 +141,7 @@ def main(folder: str, what: str, threads: int, tokens: int, library: str | None)
     model = wb.load(folder, allow_modified_config=True)  # fewer layers are a change
     loaded = time.time() - STARTED
     found = decode(model, tokens, library, threads) if what == "decode" else prefill(model, tokens)
-    return {**found, "loaded": loaded, "tokens": tokens, "threads": threads, "peak": peak(),
+    return {"peak": peak(), **found, "loaded": loaded, "tokens": tokens, "threads": threads,
             "kernels": f"{model.transformer.kernels.name}: {cpu.outlook().split(';')[0]}",
             "median": {name: statistics.median(values) for name, values in found["times"].items() if values}}
 

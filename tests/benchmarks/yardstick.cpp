@@ -91,42 +91,36 @@ void mxfp4_avx512_bf16(const uint8_t *blocks, const uint8_t *scales, const float
     }
 }
 
-// A bfloat16 matrix packed without loss to 12 bits a value: a byte of sign and mantissa, and four bits that choose among
-// 16 exponents. In every 32 values of a row the low halves of the 16 code bytes are the first 16 values' codes. Rows are
-// read in four streams, as the package reads bfloat16 rows; their number must be divisible by four.
+// A bfloat16 matrix packed without loss to 12 bits a value, as the package packs it (gptoss_kernels/cpu/packing.py): 48
+// bytes are the lower bytes of 32 values and the codes of their upper ones. Rows are read in four streams; their number
+// must be divisible by four.
 __attribute__((target("avx2,fma")))
-void packed12_avx2(const uint8_t *signs, const uint8_t *codes, const uint8_t *exponents, const float *x, float *out,
-                   int rows, int width) {
+void packed12_avx2(const uint8_t *records, const uint8_t *table, const float *x, float *out, int rows, int width) {
     alignas(64) static thread_local float ordered[MOST];
     float *activations = ordered;
-    static const int start[4] = {0, 1, 8, 9};
     for (int i = 0; i < width; i += 32)
-        for (int part = 0; part < 4; part++)
-            for (int lane = 0; lane < 8; lane++)
-                activations[i + 8 * part + lane] = x[i + start[part] + 2 * (lane % 4) + 16 * (lane / 4)];
-    alignas(32) uint8_t upper[32], lower[32];
-    for (int i = 0; i < 32; i++) upper[i] = exponents[i % 16] >> 1, lower[i] = exponents[i % 16] << 7;
-    const __m256i uppers = _mm256_load_si256((const __m256i *)upper), lowers = _mm256_load_si256((const __m256i *)lower);
-    const __m256i four = _mm256_set1_epi8(15), sign = _mm256_set1_epi8(-128), odd = _mm256_set1_epi32(0xffff0000);
-    const int apart = rows / 4;
+        for (int j = 0; j < 16; j++)
+            activations[i + j] = x[i + 2 * j], activations[i + 16 + j] = x[i + 2 * j + 1];
+    const __m256i uppers = _mm256_loadu_si256((const __m256i *)table);
+    const __m256i four = _mm256_set1_epi8(15), odd = _mm256_set1_epi32(0xffff0000);
+    const int apart = rows / 4, groups = width / 32;
     #pragma omp parallel for schedule(static)
     for (int row = 0; row < apart; row++) {
         __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
-        for (int i = 0; i < width; i += 32) {
-            const float *a = activations + i;
+        for (int g = 0; g < groups; g++) {
+            const float *a = activations + 32 * g;
             for (int stream = 0; stream < 4; stream++) {
-                const size_t place = (size_t)(row + stream * apart) * width + i;
-                _mm_prefetch((const char *)(signs + place + 1024), _MM_HINT_T0);
-                __m256i bytes = _mm256_loadu_si256((const __m256i *)(signs + place));
-                __m128i half = _mm_loadu_si128((const __m128i *)(codes + place / 2));
+                const uint8_t *record = records + ((size_t)(row + stream * apart) * groups + g) * 48;
+                _mm_prefetch((const char *)(record + 1024), _MM_HINT_T0);
+                __m256i low = _mm256_loadu_si256((const __m256i *)record);
+                __m128i half = _mm_loadu_si128((const __m128i *)(record + 32));
                 __m256i code = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(half, 4), half), four);
-                __m256i high = _mm256_or_si256(_mm256_and_si256(bytes, sign), _mm256_shuffle_epi8(uppers, code));
-                __m256i low = _mm256_or_si256(_mm256_andnot_si256(sign, bytes), _mm256_shuffle_epi8(lowers, code));
+                __m256i high = _mm256_shuffle_epi8(uppers, code);
                 __m256i one = _mm256_unpacklo_epi8(low, high), two = _mm256_unpackhi_epi8(low, high);
                 __m256 sum = sums[stream];
                 sum = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(one, 16)), _mm256_loadu_ps(a), sum);
-                sum = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(one, odd)), _mm256_loadu_ps(a + 8), sum);
-                sum = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(two, 16)), _mm256_loadu_ps(a + 16), sum);
+                sum = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(one, odd)), _mm256_loadu_ps(a + 16), sum);
+                sum = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(two, 16)), _mm256_loadu_ps(a + 8), sum);
                 sum = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(two, odd)), _mm256_loadu_ps(a + 24), sum);
                 sums[stream] = sum;
             }

@@ -1,10 +1,11 @@
-"""Kernels for a processor, from pip alone, on the checkpoint's own bytes: nothing is repacked.
+"""Kernels for a processor, from pip alone, on the checkpoint's own bytes: nothing is repacked, unless somebody asks for
+a smaller copy of the bfloat16 matrices (``packing``).
 
-The functions are those of ``gptoss_kernels.reference``. Here are the ones that read weights, and attention where
-torch's bfloat16 is slow; the others are the reference's. numba is imported, and code compiled, when the first product
-is asked for; later processes find the compiled code on disk (``codecache``). Several paths lead through them
-(``paths``); the best that the processor can run is taken once it has passed a test (``choice``), and ``describe`` tells
-which and why.
+The functions are those of ``gptoss_kernels.reference``. With one query in each row they are compiled tasks from end to
+end, which a ``recording`` plays without Python; with many rows the ones that read weights are. numba is imported, and
+code compiled, when the first product is asked for; later processes find the compiled code on disk (``codecache``).
+Several paths lead through them (``paths``); the best that the processor can run is taken once it has passed a test
+(``choice``), and ``describe`` tells which and why.
 
 Activations in bfloat16 and float32, sums in float32. Where the reference overflows on the way (scale bytes from 253 on)
 these products may still be finite.

@@ -26,8 +26,8 @@ from gptoss_kernels.triton.router import choose_experts, expert_weights, route
 __all__ = [
     "add_norm", "apply_rope", "attention", "attention_scores", "attention_shown", "attention_values",
     "choose_experts", "combine_experts", "expert_linear", "expert_mixture", "expert_weights", "linear", "missing",
-    "name", "not_recorded", "project_qkv", "rms_norm", "rope_tables", "route", "softmax_with_sink", "split_gate_up", "store_kv",
-    "swiglu", "visible_keys", "yarn_frequencies",
+    "name", "not_recorded", "project_qkv", "rms_norm", "rope_tables", "route", "softmax_with_sink", "split_gate_up",
+    "store_kv", "swiglu", "visible_keys", "yarn_frequencies",
 ]
 
 name = "triton"

@@ -277,9 +277,10 @@ class Model:
             seed: of the sampling. Row i of a batch uses seed + i, or the i-th of a list of seeds.
             stop: ids or texts of single tokens that end it; by default harmony's ``<|return|>`` and ``<|call|>``,
                 ``<|endoftext|>``, and what the checkpoint names.
-            graph: decode by a CUDA graph, captures and edits inside it (``model.graphs``). None for where that is
-                possible, unless the environment variable GPTOSS_GRAPH is 0; ``Generation.decoding`` tells. True makes
-                it an error where it is not, False never does.
+            graph: decode by a recording, captures and edits inside it: a CUDA graph, or on a processor a list of
+                compiled tasks (``model.graphs``). None for where that is possible, unless the environment variable
+                GPTOSS_GRAPH is 0; ``Generation.decoding`` tells. True makes it an error where it is not, False never
+                does.
 
         Returns:
             Generation, or a list of them for a list of prompts, decoded together.
