@@ -36,7 +36,8 @@ def softmax_with_sink(scores: Tensor, sinks: Tensor) -> Tensor:
         return reference.softmax_with_sink(scores, sinks)
     scores, sinks = scores.contiguous(), sinks.contiguous()
     pattern = torch.empty(rows, heads, 1, keys + 1, dtype=scores.dtype)
-    run("softened", rows * heads, scores.data_ptr(), sinks.data_ptr(), pattern.data_ptr(), heads, keys, wide(scores))
+    run("softened", rows * heads, scores.data_ptr(), sinks.data_ptr(), pattern.data_ptr(), heads, keys,
+        way=wide(scores))
     return pattern
 
 
@@ -57,7 +58,7 @@ def attention_scores(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
     if t == 1 and visible.shape == (b, 1, k.shape[1]) and _suits(q, k):
         q, visible, out = q.contiguous(), visible.contiguous(), torch.empty(b, heads, 1, k.shape[1], dtype=q.dtype)
         run("scored", b * k.shape[2], q.data_ptr(), k.data_ptr(), visible.data_ptr(), out.data_ptr(), k.shape[2],
-            groups, size, k.shape[1], wide(q), *k.stride()[:2], bits(size**-0.5))
+            groups, size, k.shape[1], *k.stride()[:2], bits(size**-0.5), way=wide(q))
         return out
     q = q.view(b, t, k.shape[2], groups, size).permute(0, 2, 3, 1, 4).reshape(b, k.shape[2], groups * t, size)
     scores = matmul(q, k.permute(0, 2, 3, 1)) * size**-0.5
@@ -71,7 +72,7 @@ def attention_values(pattern: Tensor, v: Tensor) -> Tensor:
     if t == 1 and pattern.shape[3] == v.shape[1] + 1 and _suits(pattern, v):
         pattern, out = pattern.contiguous(), torch.empty(b, 1, heads, v.shape[3], dtype=v.dtype)
         run("mixed", b * kv_heads, pattern.data_ptr(), v.data_ptr(), out.data_ptr(), kv_heads, heads // kv_heads,
-            v.shape[3], v.shape[1], wide(v), *v.stride()[:2])
+            v.shape[3], v.shape[1], *v.stride()[:2], way=wide(v))
         return out
     weights = pattern[..., :-1].reshape(b, kv_heads, heads // kv_heads * t, -1)
     return matmul(weights, v.transpose(1, 2)).view(b, heads, t, -1).transpose(1, 2)

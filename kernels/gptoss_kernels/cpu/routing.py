@@ -38,5 +38,5 @@ def _weights(logits: Tensor, experts: Tensor, choose: bool) -> Tensor:
     logits, slots = logits.contiguous(), experts.shape[-1]
     weights = torch.empty(experts.shape, dtype=logits.dtype)
     run("routed", weights.numel() // slots, logits.data_ptr(), experts.data_ptr(), weights.data_ptr(), logits.shape[-1],
-        slots, wide(logits), int(choose))
+        slots, int(choose), way=wide(logits))
     return weights

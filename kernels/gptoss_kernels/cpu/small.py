@@ -35,7 +35,7 @@ def _norm(x: Tensor, delta: Tensor | None, scale: Tensor, eps: float) -> tuple[T
     added = None if delta is None else delta.contiguous()
     total, norm = x if added is None else torch.empty_like(x), torch.empty_like(x)
     run("normed", x.numel() // width, x.data_ptr(), 0 if added is None else added.data_ptr(), scale.data_ptr(),
-         total.data_ptr(), norm.data_ptr(), width, wide(x), bits(eps))
+        total.data_ptr(), norm.data_ptr(), width, bits(eps), way=wide(x))
     return total, norm
 
 
@@ -46,7 +46,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     out = torch.empty_like(x)
     run("rotated", x.shape[0] * x.shape[1], x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), x.shape[2],
-         cos.shape[-1], wide(x))
+        cos.shape[-1], way=wide(x))
     return out
 
 
@@ -57,7 +57,8 @@ def combine_experts(outputs: Tensor, weights: Tensor) -> Tensor:
     outputs, weights = outputs.contiguous(), weights.contiguous()
     tokens, slots, width = outputs.shape
     out = torch.empty(tokens, width, dtype=outputs.dtype)
-    run("combined", tokens, outputs.data_ptr(), weights.data_ptr(), out.data_ptr(), slots, width, wide(outputs))
+    run("combined", tokens, outputs.data_ptr(), weights.data_ptr(), out.data_ptr(), slots, width,
+        way=wide(outputs))
     return out
 
 
@@ -69,8 +70,8 @@ def swiglu(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
     out, width = torch.empty(gate.shape, dtype=gate.dtype), gate.shape[-1]
     step, apart = gate.stride(-1), gate.stride(-2) if gate.dim() > 1 else 0
-    run("gated", gate.numel() // width, gate.data_ptr(), up.data_ptr(), out.data_ptr(), width, apart, step, wide(gate),
-        bits(alpha), bits(limit))
+    run("gated", gate.numel() // width, gate.data_ptr(), up.data_ptr(), out.data_ptr(), width, apart, step,
+        bits(alpha), bits(limit), way=wide(gate))
     return out
 
 
@@ -90,8 +91,8 @@ def suits(*tensors: Tensor, scale: Tensor | None = None) -> bool:
             and chosen(dtype) is not None)
 
 
-def run(kind: str, rows: int, *fields: int) -> None:
-    products.run(products.task(kind, 0), rows, *fields)
+def run(kind: str, rows: int, *fields: int, way: int = 0) -> None:
+    products.run(products.task(kind, way), rows, *fields)
 
 
 def wide(x: Tensor) -> int:

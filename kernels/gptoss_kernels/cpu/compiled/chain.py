@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
 from gptoss_kernels.cpu.compiled.machine import address, call, raised, seen_now
-from gptoss_kernels.cpu.compiled.tasks import FIELDS, SIGNATURE, at_number
+from gptoss_kernels.cpu.compiled.tasks import FIELDS, at_number, function
 from gptoss_kernels.cpu.compiled.values import carray
 
 PATIENCE = 64
@@ -21,7 +20,7 @@ def chained(_: int, keep: bool) -> Any:
     A task is done when every thread that went in has come out: whoever comes out has found no item left. So it does not
     matter how many threads there are, nor when each comes.
     """
-    @numba.cfunc(SIGNATURE, cache=keep)
+    @function(keep)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
         count, fields, inside, give_way, counter = a[2], a[4], a[5], a[6], at_number(a)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
 from gptoss_kernels.cpu.compiled.machine import address, float_of, take
-from gptoss_kernels.cpu.compiled.tasks import FIELDS, SIGNATURE, at_number
-from gptoss_kernels.cpu.compiled.values import carray, exponential, load, once, store
+from gptoss_kernels.cpu.compiled.tasks import FIELDS, at_number, function
+from gptoss_kernels.cpu.compiled.values import WIDE, carray, exponential, load, once, store
 
 REORDER = {"reassoc", "contract"}
 """What the compiler may do to a sum, so that it runs in vectors: the order is then the same in every run."""
@@ -21,7 +20,7 @@ REORDER = {"reassoc", "contract"}
 
 def revealed(_: int, keep: bool) -> Any:
     """Which keys one query of each row may look at. See ``attend.visible_keys``."""
-    @numba.cfunc(SIGNATURE, cache=keep)
+    @function(keep)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
         keys, window = a[5], a[6]
@@ -39,12 +38,14 @@ def revealed(_: int, keep: bool) -> Any:
     return task
 
 
-def softened(_: int, keep: bool) -> Any:
+def softened(way: int, keep: bool) -> Any:
     """The pattern of one query's scores, with the sink. See ``attend.softmax_with_sink``."""
-    @numba.cfunc(SIGNATURE, cache=keep, fastmath=REORDER)
+    wide = way == WIDE
+
+    @function(keep, fastmath=REORDER)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
-        heads, keys, wide = a[5], a[6], a[7]
+        heads, keys = a[5], a[6]
         size = 4 if wide else 2
         share = np.empty(keys, np.float32)
         counter = at_number(a)
@@ -77,7 +78,7 @@ def softened(_: int, keep: bool) -> Any:
 
 def stored(_: int, keep: bool) -> Any:
     """One column of keys and values written into their buffers. See ``attend.store_kv``."""
-    @numba.cfunc(SIGNATURE, cache=keep)
+    @function(keep)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
         columns, width = a[7], a[8]  # width in bytes
@@ -97,13 +98,15 @@ def stored(_: int, keep: bool) -> Any:
     return task
 
 
-def scored(_: int, keep: bool) -> Any:
+def scored(way: int, keep: bool) -> Any:
     """Scores of one query for each key. See ``attend.attention_scores``."""
-    @numba.cfunc(SIGNATURE, cache=keep, fastmath=REORDER)
+    wide = way == WIDE
+
+    @function(keep, fastmath=REORDER)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
-        kv_heads, groups, width, keys, wide = a[6], a[7], a[8], a[9], a[10]
-        k_row, k_key, factor = a[11], a[12], float_of(np.uint32(a[13]))
+        kv_heads, groups, width, keys = a[6], a[7], a[8], a[9]
+        k_row, k_key, factor = a[10], a[11], float_of(np.uint32(a[12]))
         size = 4 if wide else 2
         query, key = np.empty((groups, width), np.float32), np.empty(width, np.float32)
         counter = at_number(a)
@@ -134,12 +137,14 @@ def scored(_: int, keep: bool) -> Any:
     return task
 
 
-def mixed(_: int, keep: bool) -> Any:
+def mixed(way: int, keep: bool) -> Any:
     """Values of the keys, mixed by one query's pattern. See ``attend.attention_values``."""
-    @numba.cfunc(SIGNATURE, cache=keep, fastmath=REORDER)
+    wide = way == WIDE
+
+    @function(keep, fastmath=REORDER)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
-        kv_heads, groups, width, keys, wide, v_row, v_key = a[5], a[6], a[7], a[8], a[9], a[10], a[11]
+        kv_heads, groups, width, keys, v_row, v_key = a[5], a[6], a[7], a[8], a[9], a[10]
         size = 4 if wide else 2
         sums, value = np.empty((groups, width), np.float32), np.empty(width, np.float32)
         counter = at_number(a)
@@ -151,6 +156,11 @@ def mixed(_: int, keep: bool) -> Any:
             weights = a[2] + item * groups * (keys + 1) * size  # the last column is the sink's
             sums[:] = 0
             for s in range(keys):
+                counts = False
+                for g in range(groups):
+                    counts |= load(wide, weights, g * (keys + 1) + s) != 0
+                if not counts:  # hidden, or not filled yet
+                    continue
                 v = a[3] + (row * v_row + s * v_key + head * width) * size
                 for i in range(width):
                     value[i] = load(wide, v, i)

@@ -9,7 +9,7 @@ import numpy as np
 
 from gptoss_kernels.cpu.compiled import packed, prepare, rows
 from gptoss_kernels.cpu.compiled.machine import address, take
-from gptoss_kernels.cpu.compiled.tasks import FIELDS, SIGNATURE, STREAMS, at_number, following
+from gptoss_kernels.cpu.compiled.tasks import FIELDS, STREAMS, at_number, following, function
 from gptoss_kernels.cpu.compiled.values import carray, rounded, widened
 
 ORDER = np.array(packed.ORDER)
@@ -23,7 +23,7 @@ ESCAPE = 16
 def packing(_: int, keep: bool) -> Any:
     """Rows to records, or, where there is no room for records yet, a count of each row's escapes. See ``packing.pack``.
     """
-    @numba.cfunc(SIGNATURE, cache=keep)
+    @function(keep)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
         matrix, out, height, length, per_item = a[2], a[3], a[6], a[7], a[8]
@@ -72,7 +72,7 @@ def with_escapes(row, total, starts, columns, values, x):
 
 def packed_rows(_: int, keep: bool) -> Any:
     """Products of activations with all rows of a packed matrix, plus bias. See ``products.packed_rows``."""
-    @numba.cfunc(SIGNATURE, cache=keep)
+    @function(keep)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
         matrix, x_at, bias_at, out_at, table = a[2], a[3], a[4], a[5], a[6]

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
 from gptoss_kernels.cpu.compiled.machine import address, take
-from gptoss_kernels.cpu.compiled.tasks import FIELDS, SIGNATURE, at_number
+from gptoss_kernels.cpu.compiled.tasks import FIELDS, at_number, function
 from gptoss_kernels.cpu.compiled.tiles import TOKENS
 from gptoss_kernels.cpu.compiled.values import carray, load, once, store
 
 
 def panelled(_: int, keep: bool) -> Any:
     """Rows by their numbers, in panels of float32. See ``products.panels``."""
-    @numba.cfunc(SIGNATURE, cache=keep)
+    @function(keep)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
         x, width, wide = a[2], a[5], a[6]
@@ -43,7 +42,7 @@ def panelled(_: int, keep: bool) -> Any:
 def seated(_: int, keep: bool) -> Any:
     """Products in panels, plus the bias of the panel's matrix, back to the rows they belong to. See ``products.seat``.
     """
-    @numba.cfunc(SIGNATURE, cache=keep)
+    @function(keep)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
         biases, out, height, wide, twice = a[5], a[6], a[7], a[8], a[9]

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
 from gptoss_kernels.cpu.compiled.machine import address, take
-from gptoss_kernels.cpu.compiled.tasks import FIELDS, SIGNATURE, at_number
-from gptoss_kernels.cpu.compiled.values import carray, exponential, load, store
+from gptoss_kernels.cpu.compiled.tasks import FIELDS, at_number, function
+from gptoss_kernels.cpu.compiled.values import WIDE, carray, exponential, load, store
 
 
-def routed(_: int, keep: bool) -> Any:
+def routed(way: int, keep: bool) -> Any:
     """The experts with the largest logits, or those given, and their weights. See ``routing.route``."""
-    @numba.cfunc(SIGNATURE, cache=keep)
+    wide = way == WIDE
+
+    @function(keep)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
-        count, slots, wide, choose = a[5], a[6], a[7], a[8]
+        count, slots, choose = a[5], a[6], a[7]
         size = 4 if wide else 2
         order, share = np.empty(count, np.float32), np.empty(slots, np.float32)
         counter = at_number(a)
@@ -56,7 +57,7 @@ def routed(_: int, keep: bool) -> Any:
 
 def grouped(_: int, keep: bool) -> Any:
     """Rows put together by the expert that they go to. See ``products.grouped``."""
-    @numba.cfunc(SIGNATURE, cache=keep)
+    @function(keep)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
         places, count, per_row = a[5], a[6], a[7]

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
 from gptoss_kernels.cpu.compiled.machine import address, float_of, take
-from gptoss_kernels.cpu.compiled.tasks import FIELDS, SIGNATURE, at_number
-from gptoss_kernels.cpu.compiled.values import ONE, carray, exponential, load, once, store
+from gptoss_kernels.cpu.compiled.tasks import FIELDS, at_number, function
+from gptoss_kernels.cpu.compiled.values import ONE, WIDE, carray, exponential, load, once, store
 
 
-def normed(_: int, keep: bool) -> Any:
+def normed(way: int, keep: bool) -> Any:
     """x + delta, if there is a delta, and its norm. See ``small.add_norm``."""
-    @numba.cfunc(SIGNATURE, cache=keep)
+    wide = way == WIDE
+
+    @function(keep)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
-        width, wide, eps, added = a[7], a[8], float_of(np.uint32(a[9])), a[3] != 0
+        width, eps, added = a[7], float_of(np.uint32(a[8])), a[3] != 0
         size = 4 if wide else 2
         scale = carray(address(a[4]), (width,), np.float32)
         values = np.empty(width, np.float32)
@@ -46,12 +47,14 @@ def normed(_: int, keep: bool) -> Any:
     return task
 
 
-def rotated(_: int, keep: bool) -> Any:
+def rotated(way: int, keep: bool) -> Any:
     """All heads of a token turned by its angles. See ``small.apply_rope``."""
-    @numba.cfunc(SIGNATURE, cache=keep)
+    wide = way == WIDE
+
+    @function(keep)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
-        heads, half, wide = a[6], a[7], a[8]
+        heads, half = a[6], a[7]
         size = 4 if wide else 2
         counter = at_number(a)
         while True:
@@ -70,12 +73,14 @@ def rotated(_: int, keep: bool) -> Any:
     return task
 
 
-def combined(_: int, keep: bool) -> Any:
+def combined(way: int, keep: bool) -> Any:
     """A token's experts, weighted and summed. See ``small.combine_experts``."""
-    @numba.cfunc(SIGNATURE, cache=keep)
+    wide = way == WIDE
+
+    @function(keep)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
-        slots, width, wide = a[5], a[6], a[7]
+        slots, width = a[5], a[6]
         size = 4 if wide else 2
         sums = np.empty(width, np.float32)
         counter = at_number(a)
@@ -94,13 +99,15 @@ def combined(_: int, keep: bool) -> Any:
     return task
 
 
-def gated(_: int, keep: bool) -> Any:
+def gated(way: int, keep: bool) -> Any:
     """Clamped SwiGLU of rows whose gate and up may lie between each other. See ``small.swiglu``."""
-    @numba.cfunc(SIGNATURE, cache=keep)
+    wide = way == WIDE
+
+    @function(keep)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
-        width, apart, step, wide = a[5], a[6], a[7], a[8]
-        alpha, limit = float_of(np.uint32(a[9])), float_of(np.uint32(a[10]))
+        width, apart, step = a[5], a[6], a[7]
+        alpha, limit = float_of(np.uint32(a[8])), float_of(np.uint32(a[9]))
         size = 4 if wide else 2
         gate, up = np.empty(width, np.float32), np.empty(width, np.float32)
         counter = at_number(a)
@@ -109,8 +116,12 @@ def gated(_: int, keep: bool) -> Any:
             if row >= a[1]:
                 return
             gates, ups = a[2] + row * apart * size, a[3] + row * apart * size
-            for i in range(width):
-                gate[i], up[i] = load(wide, gates, i * step), load(wide, ups, i * step)
+            if step == 2:  # as the two come out of an expert; a constant, for the compiler
+                for i in range(width):
+                    gate[i], up[i] = load(wide, gates, 2 * i), load(wide, ups, 2 * i)
+            else:
+                for i in range(width):
+                    gate[i], up[i] = load(wide, gates, i * step), load(wide, ups, i * step)
             for i in range(width):
                 g = limit if gate[i] > limit else gate[i]  # a NaN stays one
                 u = limit if up[i] > limit else -limit if up[i] < -limit else up[i]

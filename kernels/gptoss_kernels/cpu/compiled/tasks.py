@@ -26,9 +26,15 @@ STREAMS = 4
 SIGNATURE = types.void(types.voidptr)
 
 
+def function(keep: bool, **options: Any) -> Any:
+    """Compile a function of one address. A division by zero gives what IEEE 754 says: looking for one would keep loops
+    out of vectors."""
+    return numba.cfunc(SIGNATURE, cache=keep, error_model="numpy", **options)
+
+
 def mxfp4_rows(way: int, keep: bool) -> Any:
     """Products of prepared activations with rows of their experts, plus bias. See ``products.expert_rows``."""
-    @numba.cfunc(SIGNATURE, cache=keep)
+    @function(keep)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
         blocks, scales, groups_at, jobs_at, x, bias, out, powers = a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]
@@ -79,7 +85,7 @@ def dense_rows(way: int, keep: bool) -> Any:
     """
     widening = way == rows.FLOATS
 
-    @numba.cfunc(SIGNATURE, cache=keep)
+    @function(keep)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
         matrix, x, bias_at, out_at = a[2], a[3], a[4], a[5]
@@ -114,7 +120,7 @@ def dense_rows(way: int, keep: bool) -> Any:
 
 def mxfp4_scratch(way: int, keep: bool) -> Any:
     """Rows of one expert decoded into a scratch. See ``products.unpack``."""
-    @numba.cfunc(SIGNATURE, cache=keep)
+    @function(keep)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
         blocks, scales, out, tables, height, width, per_item, size = a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]
@@ -131,7 +137,7 @@ def mxfp4_scratch(way: int, keep: bool) -> Any:
 
 def tiled(way: int, keep: bool) -> Any:
     """Products of panels of activations with all rows of some matrices. See ``products.expert_tiles``."""
-    @numba.cfunc(SIGNATURE, cache=keep)
+    @function(keep)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
         blocks, scales, groups_at, x, out, tables, scratch, seats_at = a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]
@@ -170,7 +176,7 @@ def tiled(way: int, keep: bool) -> Any:
 def prepared(way: int, keep: bool) -> Any:
     """Vectors of activations in the order that a way reads. See ``products.prepare``."""
     if way == rows.PAIRS:
-        @numba.cfunc(SIGNATURE, cache=keep)
+        @function(keep)
         def task(at):
             a = carray(at, (FIELDS,), np.int64)
             counter, length, step = at_number(a), a[4], a[5]
@@ -181,7 +187,7 @@ def prepared(way: int, keep: bool) -> Any:
                 prepare.as_pairs(carray(address(a[2] + i * length * 2), (length,), np.uint16),
                                  carray(address(a[3] + i * step), (step // 2,), np.uint16))
     elif way == rows.DIGITS:
-        @numba.cfunc(SIGNATURE, cache=keep)
+        @function(keep)
         def task(at):
             a = carray(at, (FIELDS,), np.int64)
             counter, length, step = at_number(a), a[4], a[5]
@@ -195,7 +201,7 @@ def prepared(way: int, keep: bool) -> Any:
                                   carray(address(place), (step // 4,), np.int32),
                                   carray(address(place), (step // 4,), np.float32))
     else:
-        @numba.cfunc(SIGNATURE, cache=keep)
+        @function(keep)
         def task(at):
             a = carray(at, (FIELDS,), np.int64)
             counter, length, step = at_number(a), a[4], a[5]

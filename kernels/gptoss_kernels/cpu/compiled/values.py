@@ -1,4 +1,7 @@
-"""Numbers at an address, float32 or bfloat16 as a flag says: read, rounded and written. All arithmetic is float32."""
+"""Numbers at an address, float32 or bfloat16 as a flag says: read, rounded and written. All arithmetic is float32.
+
+Where the flag is a constant of the task, chosen by its way, the compiler has no choice left inside the loops.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ import numpy as np
 
 from gptoss_kernels.cpu.compiled.machine import address, bits_of, float_of
 
+WIDE = 1
+"""The way of float32 in tasks that compute in bfloat16 too."""
+
 carray: Any = numba.carray  # type: ignore[attr-defined]
 
 
@@ -16,9 +22,8 @@ carray: Any = numba.carray  # type: ignore[attr-defined]
 def rounded(x):
     """float32 -> bits of the nearest bfloat16, ties to even."""
     bits = bits_of(x)
-    if x != x:
-        return np.uint16(0x7FC0)
-    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+    near = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.uint16(near if x == x else np.uint32(0x7FC0))  # no jump: loops stay in vectors
 
 
 @numba.njit(inline="always")
