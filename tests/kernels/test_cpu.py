@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gptoss_kernels import cpu, reference
-from gptoss_kernels.cpu import choice, matmul, paths, products, team
+from gptoss_kernels.cpu import choice, compiling, matmul, paths, products, team
 from gptoss_kernels.cpu.engine import Engine
 from gptoss_kernels.mxfp4 import Mxfp4Tensor, dequantize
 from tests.kernels.cpu_cases import check_experts, drawn, exact, packed, some
@@ -45,7 +45,7 @@ def _emulated(name: str) -> Iterator[str]:
 
     def address(kind: str, way: int) -> int:
         if (kind, way) not in made:
-            made[kind, way] = products.maker(kind)(way, False)
+            made[kind, way] = compiling.maker(kind)(way, False)
         return made[kind, way].address
 
     made: dict[tuple[str, int], object] = {}

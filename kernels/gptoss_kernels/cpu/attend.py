@@ -44,7 +44,8 @@ def softmax_with_sink(scores: Tensor, sinks: Tensor) -> Tensor:
 def store_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, column: Tensor) -> None:
     """As ``reference.store_kv``; a column that does not exist is not written."""
     same = keys.shape == values.shape and k.shape == v.shape == (len(keys), 1, *keys.shape[2:])
-    if not (same and suits(keys, values, k, v) and keys.is_contiguous() and values.is_contiguous()):
+    whole = keys.is_contiguous() and values.is_contiguous() and column.dtype == torch.int64
+    if not (same and whole and suits(keys, values, k, v)):
         return reference.store_kv(keys, values, k, v, column)
     k, v = k.contiguous(), v.contiguous()
     run("stored", len(keys), keys.data_ptr(), values.data_ptr(), k.data_ptr(), v.data_ptr(), column.data_ptr(),

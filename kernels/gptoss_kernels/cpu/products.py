@@ -5,23 +5,18 @@ Shapes: M rows, K inputs, R outputs, E experts. Every tensor is on the CPU and c
 
 from __future__ import annotations
 
-import threading
 from array import array
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gptoss_kernels.cpu import codecache, recording, tables, team
+from gptoss_kernels.cpu import recording, tables, team
+from gptoss_kernels.cpu.compiling import FIELDS, task
 from gptoss_kernels.mxfp4 import BLOCK, Mxfp4Tensor
 
 PAIRS, DIGITS, FLOATS, DENSE_FLOATS = 0, 1, 2, 20
 """As in ``rows``, which is not imported before something must be compiled: it brings numba."""
-
-FIELDS = 20
-"""As in ``tasks``."""
 
 ITEM_BYTES = 1 << 20
 """Bytes of weights that a thread takes at a time, at most: it reads them in four streams, which should be far apart."""
@@ -31,32 +26,6 @@ TILE_TOKENS = 16
 
 TILE_BYTES = 288 << 10
 """Of rows decoded to float32 at a time: they stay in a core's own cache."""
-
-_compiling = threading.Lock()
-
-
-@cache
-def task(kind: str, way: int) -> int:
-    """The address of a compiled task of ``gptoss_kernels.cpu.compiled``."""
-    with _compiling:
-        return _keep(kind, way).address
-
-
-_kept: list[Any] = []
-
-
-def maker(kind: str) -> Callable[[int, bool], Any]:
-    """The function of ``gptoss_kernels.cpu.compiled`` that compiles a task, for a way and perhaps to keep it."""
-    from gptoss_kernels.cpu.compiled import chain, looks, packing, panels, routing, small, tasks
-
-    rooms = tasks, small, looks, routing, panels, packing, chain
-    return next(getattr(room, kind) for room in rooms if hasattr(room, kind))
-
-
-def _keep(kind: str, way: int) -> Any:
-    with codecache.keeping() as keep:
-        _kept.append(maker(kind)(way, keep))
-    return _kept[-1]
 
 
 def run(task: int, items: int, *fields: int) -> None:
@@ -105,8 +74,8 @@ def expert_rows(x: Tensor, groups: Tensor, jobs: Tensor, weight: Mxfp4Tensor, bi
 
     Args:
         x: (M, K) float32 or bfloat16.
-        groups: int64, how many groups there are and a number for the caller, then three numbers each: an expert and a
-            stretch of the jobs. Its matrix is read once for all of them. There may be room for more groups.
+        groups: int64, how many groups there are and how many places were left out, then three numbers each: an expert
+            and a stretch of the jobs. Its matrix is read once for all of them. There may be room for more groups.
         jobs: int64 (., 2), a row of x and a row of ``out``.
         weight: (E, R, K). bias: (E, R) in x's dtype.
         out: (., R) in x's dtype, written where the jobs say. In bfloat16 the product is rounded, then the sum with the

@@ -16,7 +16,7 @@ import threading
 from array import array
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,10 +24,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gptoss_kernels.cpu import team
-
-FIELDS = 20
-"""As in ``tasks``."""
+from gptoss_kernels.cpu import compiling, team
+from gptoss_kernels.cpu.compiling import FIELDS
 
 _READING = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::lift_fresh", "aten::lift_fresh_copy",
             "aten::masked_select", "aten::bincount", "aten::is_nonzero"}
@@ -88,7 +86,7 @@ class Chain:
 
     def __init__(self) -> None:
         self._tasks, self._told, self._most = array("q"), array("q"), 1
-        self._call: tuple[int, np.ndarray, np.ndarray, array[int]] | None = None
+        self._call: _Call | None = None
 
     def add(self, task: int, told: array[int]) -> None:
         self._tasks.append(task)
@@ -98,21 +96,26 @@ class Chain:
     def play(self) -> None:
         if self._call is None:
             self._call = self._ready()
-        task, fields, head, _ = self._call
-        fields[:, 0] = head[0] = 0
-        team.run(task, head.ctypes.data, self._most)
+        self._call.fields[:, 0] = self._call.head[0] = 0  # the counters
+        team.run(self._call.task, self._call.head.ctypes.data, self._most)
 
-    def _ready(self) -> tuple[int, np.ndarray, np.ndarray, array[int]]:
-        """What the call needs; made once, since addresses must stay."""
-        from gptoss_kernels.cpu import products  # which notes its tasks here
-
+    def _ready(self) -> _Call:
+        """What the call needs; made once, when no task is added any more."""
         count = len(self._tasks)
         fields, inside = np.array(self._told, np.int64).reshape(count, FIELDS), np.zeros(count, np.int64)
         head = np.zeros(FIELDS, np.int64)
         head[1:7] = (self._most, count, self._tasks.buffer_info()[0], fields.ctypes.data, inside.ctypes.data,
                      _give_way())
-        self._inside = inside
-        return products.task("chained", 0), fields, head, self._tasks
+        return _Call(compiling.task("chained", 0), head, fields, inside)
+
+
+class _Call(NamedTuple):
+    """The compiled chain and the memory it works on, whose addresses stand in ``head``."""
+
+    task: int
+    head: np.ndarray
+    fields: np.ndarray
+    inside: np.ndarray
 
 
 class _Operation:

@@ -76,6 +76,12 @@ def test_swiglu(kernels: ModuleType, device: torch.device, dtype: torch.dtype, w
     want = reference.swiglu(gate, up, 1.702, 7.0)
     agree(kernels.swiglu(gate, up, 1.702, 7.0), want)
     agree(kernels.swiglu(gate.contiguous(), up.contiguous(), 1.702, 7.0), want)
+    agree(kernels.swiglu(gate, up.contiguous(), 1.702, 7.0), want)
+
+
+def test_swiglu_of_rows_with_gaps(kernels: ModuleType, device: torch.device, dtype: torch.dtype) -> None:
+    gate, up = Draw(device).normal(2, 3, 1, 8, 36, dtype=dtype, scale=6)[:, :, :, :4]
+    agree(kernels.swiglu(gate, up, 1.702, 7.0), reference.swiglu(gate, up, 1.702, 7.0))
 
 
 @pytest.mark.parametrize(("slots", "width"), [(1, 7), (4, 511), (4, 513)])
