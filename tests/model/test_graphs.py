@@ -206,7 +206,7 @@ def test_sampling_draws_the_same(tiny: Model) -> None:
 
 def test_a_cache_that_grows(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptoss_workbench.model.static_cache.SMALLEST", 2)
-    monkeypatch.setattr(graphs, "AHEAD", 1)
+    monkeypatch.setitem(graphs.AHEAD, "cpu", 1)
     edits = [wb.scale("expert.out", 0.5, expert=[0, 1, 2])]
     for plain, recorded in both(tiny, edits=edits, capture="resid_post", max_tokens=14):
         same(plain, recorded)

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 IDLE = 2
 """Sessions of a model that are kept for the next generation when nobody uses them."""
-AHEAD = 1024
-"""Columns that a cache gets at most for tokens not generated yet; it is doubled when they are used up."""
+AHEAD = {"cuda": 1024, "cpu": 256}
+"""Columns that a cache gets at most for tokens not generated yet; it is doubled when they are used up. Fewer where a
+recording is soon made, and columns that are not filled cost time."""
 
 
 class Recording(Protocol):
@@ -219,7 +220,7 @@ class Decoder:
 
     def _started(self, cache: KVCache | StaticCache) -> Session:
         """A session with room, which goes on from a cache."""
-        capacity = capacity_for(min(self._end, self._column + AHEAD))
+        capacity = capacity_for(min(self._end, self._column + AHEAD[self._model.device.type]))
         session = pool(self._model).get(self._model, self._feed.plan, len(self._feed.rows), capacity)
         session.cache.load(cache, self._column)
         self._feed.attach(session.tap)
