@@ -71,7 +71,7 @@ def with_escapes(row, total, starts, columns, values, x):
 
 
 def packed_rows(_: int, keep: bool) -> Any:
-    """Products of activations with all rows of a packed matrix, plus bias. See ``products.packed_rows``."""
+    """Products of activations with all rows of a packed matrix, plus bias. See ``packing.rows``."""
     @function(keep)
     def task(at):
         a = carray(at, (FIELDS,), np.int64)
