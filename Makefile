@@ -21,7 +21,7 @@ help:
 	@echo "make parity     compare every site and layer with transformers, and write the table"
 	@echo "make fuzz       load 10,000 damaged checkpoints, and count what becomes of them"
 	@echo "make truth      ask every method about models whose circuits are known, and about models with none"
-	@echo "make bench      every benchmark, beside transformers and llama.cpp, which it builds (an hour, 15 GB of disk)"
+	@echo "make bench      every benchmark, beside peers that it installs or builds (half an hour, 15 GB of disk)"
 	@echo "make bench-20b  those of gpt-oss-20b's shape alone"
 	@echo "make gpu        tests, timings and memory on the NVIDIA GPU here, at the full shapes   (GPU_ARGS=... is passed on)"
 	@echo "make lint       ruff and pyright"
@@ -89,8 +89,15 @@ $(VENV)/.llama: | $(PY)
 		--no-binary llama-cpp-python llama-cpp-python==0.3.36 gguf==0.19.0 && touch $@ \
 		|| echo "llama.cpp could not be built; measuring without it" >&2
 
+# The other peers are Python packages that live with the versions of constraints.txt.
+$(VENV)/.peers: | $(VENV)/.dev
+	@echo "Installing TransformerLens and nnsight to measure beside them"
+	@$(PIP_INSTALL) transformer-lens==4.3.0 nnsight==0.8.1 && touch $@ \
+		|| echo "TransformerLens and nnsight could not be installed; measuring without them" >&2
+
 bench bench-20b: export OMP_WAIT_POLICY = PASSIVE
 bench: WHICH = tests/benchmarks
+bench: $(VENV)/.peers
 bench-20b: WHICH = tests/benchmarks/bench_full_shape.py tests/benchmarks/bench_20b.py
 bench bench-20b: $(VENV)/.dev $(VENV)/.llama
 	@[ ! -e $(VENV)/.llama ] || export GPTOSS_BENCH_LLAMA=$(VENV)/llama/bin/python; \

@@ -88,22 +88,28 @@ def expert_outputs(
     chosen = [expert for expert, rows in enumerate(counts) if rows]
     tokens = (order // count).split([counts[expert] for expert in chosen])
     together = max(1, SCRATCH_VALUES // (gate_up.shape[1] * gate_up.shape[2]))
-    outputs: list[Tensor] = []
+    outputs = x.new_empty(len(order), down.shape[1])
+    done = 0
     for start in range(0, len(chosen), together):
         group = chosen[start:start + together]
         first, second = (_matrices(weight, group, x.dtype) for weight in (gate_up, down))
         for number, expert in enumerate(group):
             for part in tokens[start + number].split(ROWS_AT_ONCE):
-                hidden = middle(product(x.index_select(0, part), first[number], False) + gate_up_bias[expert])
-                outputs.append(product(hidden, second[number], False) + down_bias[expert])
+                hidden = middle(product(x.index_select(0, part), first[number], False).add_(gate_up_bias[expert]))
+                torch.mm(hidden, second[number].T, out=outputs[done:done + len(part)]).add_(down_bias[expert])
+                done += len(part)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    return torch.cat(outputs).index_select(0, back).view(*experts.shape, -1)
+    return outputs.index_select(0, back).view(*experts.shape, down.shape[1])
 
 
 def _matrices(weight: ExpertWeight, experts: list[int], dtype: torch.dtype) -> Tensor | list[Tensor]:
     """Some experts' matrices, (out, in) each, one after the other."""
-    return _decode(weight[experts], dtype) if isinstance(weight, Mxfp4Tensor) else [weight[e] for e in experts]
+    if not isinstance(weight, Mxfp4Tensor):
+        return [weight[expert] for expert in experts]
+    first, count = experts[0], len(experts)
+    neighbours = experts == [*range(first, first + count)]  # a view: torch copies chosen bytes one at a time
+    return _decode(weight[first:first + count] if neighbours else weight[experts], dtype)
 
 
 def _group(pieces: Sequence[Tensor], weight: ExpertWeight, experts: list[int], transposed: bool) -> list[Tensor]:

@@ -6,9 +6,9 @@ quartiles of the processor's time. The goal is 1.05 at width 64, where what is l
 1.02 at width 512.
 
 Beside it stand plain hooks on the same weights in transformers, and TransformerLens and nnsight where they are
-installed (they are not among the project's own requirements; the result says which ran). Each has its own base: ours is
-the forward pass with no tap at all, theirs the bare call of transformers' model. What they capture is compared with
-ours first: a fast wrong answer would be no answer.
+installed (``make bench`` installs them; the result says which ran). Each has its own base: ours is the forward pass
+with no tap at all, theirs the bare call of transformers' model. What they capture is compared with ours first: a fast
+wrong answer would be no answer.
 """
 
 from __future__ import annotations

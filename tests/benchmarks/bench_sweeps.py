@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROUNDS = {64: 5, 512: 2}
+ROUNDS = {64: 9, 512: 4}
 HERE = Path(__file__).parent
 
 
