@@ -21,7 +21,8 @@ CODE_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -
 
 # One integer of this width holds the two decoded values of one byte, so that one lookup fetches both.
 _PAIR = {torch.bfloat16: torch.int32, torch.float32: torch.int64}
-_CHUNK_BYTES = 1 << 22
+# Packed bytes that are looked up at a time: on a processor few enough for its cache, else as much as pays for a launch.
+_CPU_CHUNK_BYTES, _CHUNK_BYTES = 1 << 17, 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +90,7 @@ def dequantize(packed: Mxfp4Tensor, dtype: torch.dtype = torch.bfloat16) -> Tens
     pairs, powers = _tables(dtype, packed.device)
     blocks, scales = packed.blocks.reshape(-1, BLOCK // 2), packed.scales.reshape(-1)
     out = torch.empty(len(blocks), BLOCK, dtype=dtype, device=packed.device)
-    step = _CHUNK_BYTES // (BLOCK // 2)
+    step = (_CPU_CHUNK_BYTES if packed.device.type == "cpu" else _CHUNK_BYTES) // (BLOCK // 2)
     for start in range(0, len(blocks), step):  # in parts: the lookup needs indices wider than the bytes
         part = slice(start, start + step)
         codes = pairs.index_select(0, blocks[part].flatten().int()).view(dtype).view(-1, BLOCK)
