@@ -22,7 +22,7 @@ CODE_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -
 # One integer of this width holds the two decoded values of one byte, so that one lookup fetches both.
 _PAIR = {torch.bfloat16: torch.int32, torch.float32: torch.int64}
 # Packed bytes that are looked up at a time: on a processor few enough for its cache, else as much as pays for a launch.
-_CPU_CHUNK_BYTES, _CHUNK_BYTES = 1 << 17, 1 << 22
+_CPU_CHUNK_BYTES, _CHUNK_BYTES = 1 << 18, 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
