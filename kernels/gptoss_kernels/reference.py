@@ -81,9 +81,9 @@ def attention_scores(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
     b, t, heads, size = q.shape
     groups = heads // k.shape[2]
     q = q.view(b, t, k.shape[2], groups, size).permute(0, 2, 3, 1, 4).reshape(b, k.shape[2], groups * t, size)
-    scores = dense.matmul(q, k.permute(0, 2, 3, 1)) * size**-0.5
+    scores = dense.matmul(q, k.permute(0, 2, 3, 1)).mul_(size**-0.5)
     hidden = torch.zeros_like(visible, dtype=scores.dtype).masked_fill_(~visible, -math.inf)
-    return scores.view(b, heads, t, -1) + hidden[:, None]  # twenty times as fast as filling all heads by the mask
+    return scores.view(b, heads, t, -1).add_(hidden[:, None])  # twenty times as fast as filling all heads by the mask
 
 
 def softmax_with_sink(scores: Tensor, sinks: Tensor) -> Tensor:
