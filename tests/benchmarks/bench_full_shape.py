@@ -26,7 +26,7 @@ import pytest
 from tests.benchmarks import full_shape
 from tests.benchmarks.room import skip_without_room
 
-MOST_RESIDENT = 15e9  # bytes; the files are 13.8e9
+MOST_RESIDENT = 1.05  # times the bytes of the files
 MAKER_BYTES = 2_000_000_000
 STEPS = 4
 
@@ -145,7 +145,7 @@ def test_full_shape_20b(tmp_path, machine, results) -> None:
     print(json.dumps(kept, indent=1))
     assert found["made"]["peak"] < MAKER_BYTES
     for load in found["loads"].values():
-        assert load["stages"][-1]["VmHWM"] < MOST_RESIDENT
+        assert load["stages"][-1]["VmHWM"] <= MOST_RESIDENT * found["made"]["bytes"]
         assert load["packed_bytes"] > 0.7 * load["weights_bytes"] and load["kernels"] == "reference"
         assert all(math.isfinite(value) for value in load["logprobs"])
         assert load["tokens"] == found["loads"]["cold"]["tokens"]
